@@ -24,6 +24,7 @@ from torch_rtx import (
     foreign_op,
     grouped_mm,
     host_ops,
+    one_shot,
     scaled_mm,
 )
 from torch_rtx.errors import InvalidIR, Unsupported
@@ -82,6 +83,7 @@ UNINITIALIZED = frozenset(
 _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
+    "_c10d_functional.all_reduce_.default": "torch_rtx.all_reduce_.default",
 }
 _DECLARED = (
     attention_gradients,
@@ -89,6 +91,7 @@ _DECLARED = (
     flex_attention,
     foreign_op,
     grouped_mm,
+    one_shot,
     scaled_mm,
 )  # importing them declares operators
 _DECLARING = {  # by namespace: the module that declares what its operators return

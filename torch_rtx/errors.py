@@ -15,6 +15,7 @@
     ├── QuantizationError (also ValueError)   a quantization that a layer can't have, or calibration data it lacks
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
     ├── CallError                         an operator of a loaded engine failed during a call
+    ├── RanksError                        ranks of a group run different programs, or one of them has ended
     ├── IntegrationError (also ImportError)   a library is missing, or not as an integration needs it
     ├── CacheError                        a missing or damaged cache entry, or an invalid archive
     │   └── CacheDamaged                  a damaged runtime cache file
@@ -175,6 +176,11 @@ class InputError(RtxError, ValueError):
 class CallError(RtxError):
     """An operator of a loaded engine failed, such as an index that is out of range, during a call or while weights are
     computed; `__cause__` is its own error."""
+
+
+class RanksError(RtxError):
+    """The ranks of a process group run different programs, or a collective failed since one of them has ended;
+    `__cause__` is the error of NCCL or gloo then."""
 
 
 class IntegrationError(RtxError, ImportError):

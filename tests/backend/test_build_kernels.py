@@ -28,6 +28,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, unpack
 from torch_rtx.targets import DTYPE_FEATURES, PORTABLE, PTX, Target
 
+GPU = torch.device("cuda")
 BOTH = replace(ADD_1000, name="both", source=ADD_1000.source.replace("add_1000", "both"))
 SMALL, LARGE = matmul(64, 2, deep=32, size=S16), matmul(128, 5, size=S16)
 
@@ -191,23 +192,25 @@ def test_names_must_be_apart() -> None:
 
 def test_targets_of_a_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with caplog.at_level(logging.INFO, "torch_rtx"):
-        assert targets_for("portable", GRAPH) == PORTABLE
+        assert targets_for("portable", GRAPH, GPU) == PORTABLE
     assert caplog.text.count('targets=["portable", "sm_75"] adds them') == 1
     half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: f8e4m3fn[s] = op aten.exp"))
-    assert targets_for("portable", half) == PORTABLE
+    assert targets_for("portable", half, GPU) == PORTABLE
     monkeypatch.setitem(DTYPE_FEATURES, "bf16", "fp4")
     half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: bf16[s] = op aten.exp"))
-    assert [str(target) for target in targets_for("portable", half)] == ["sm_120"]
+    assert [str(target) for target in targets_for("portable", half, GPU)] == ["sm_120"]
     assert "no kernels for sm_80, which lacks a dtype" in caplog.text
     with pytest.raises(SettingsError, match=r"aten.exp.default computes in bf16, which sm_86 lacks"):
-        targets_for(["sm_86", 90], half)
+        targets_for(["sm_86", 90], half, GPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(compiler, "chip_here", lambda index: chip_named("RTX 4060"))
-    (target,) = targets_for("current", GRAPH)
-    assert (target, target.chip) == (Target(89), chip_named("RTX 4060"))
-    assert targets_for("sm_89", GRAPH)[0].chip is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 6), (8, 9)][index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compiler, "chip_here", lambda index: chip_named(["RTX 3060", "RTX 4060"][index]))
+    expected = {"cuda": (86, "RTX 3060"), "cuda:0": (86, "RTX 3060"), "cuda:1": (89, "RTX 4060")}
+    for device, (sm, chip) in expected.items():  # that of the model, not the current one
+        (target,) = targets_for("current", GRAPH, torch.device(device))
+        assert (target, target.chip) == (Target(sm), chip_named(chip))
+    assert targets_for("sm_89", GRAPH, GPU)[0].chip is None
 
 
 def test_misfits_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_map
 import torch_rtx
 from tests.distributed.ranks import device
 from torch_rtx.collectives import is_ordered
+from torch_rtx.errors import RanksError
+from torch_rtx.one_shot import ROOMS
 from torch_rtx.runtime.session import watched_calls
 
 
@@ -41,7 +44,7 @@ def _of_an_input(x: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor], Any]] = {
     "all_reduce of a transpose": lambda x: funcol.all_reduce(x.exp().t(), "sum", dist.group.WORLD),
     "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", dist.group.WORLD)[1] + 1,
-    "all_gather": lambda x: funcol.all_gather_tensor(x, 1, dist.group.WORLD) * 2,
+    "all_gather": lambda x: funcol.all_gather_tensor(x.t(), 0, dist.group.WORLD) * 2,
     "all_gather_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x + 1], dist.group.WORLD)[1].cos(),
     "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.exp(), "sum", 0, dist.group.WORLD).relu(),
     "reduce_scatter_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced(
@@ -114,6 +117,43 @@ def random_shapes(count: int) -> None:
             assert found.shape == (rows * dist.get_world_size(),)
 
 
+def different_programs() -> None:
+    """A rank has its collectives in another order than the other one: an error of both, and none waits."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+
+    def reduced(x: Tensor) -> Tensor:
+        return funcol.all_reduce(x * 2, "sum", group)
+
+    def gathered(x: Tensor) -> Tensor:
+        return funcol.all_gather_tensor(x, 0, group).sum()
+
+    def function(x: Tensor, first: bool) -> Tensor:
+        return gathered(reduced(x)) if first else reduced(gathered(x))
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True)
+    problem = "collective 1 of rank . is all_.*, and that of rank . is all_"
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RanksError, match=problem):
+            compiled(torch.ones(4, device=device()), dist.get_rank() == 0)
+
+
+def killed() -> None:
+    """The second rank is killed while both replay a CUDA graph, which has no timeout: the first one ends as well."""
+    compiled = torch.compile(lambda x: funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + 1, backend="rtx")
+    x = torch.ones(4096, 4096, device=device())
+    with torch.no_grad():
+        for step in range(12):
+            compiled(x)
+            if step == 2:
+                torch_rtx.wait(60)
+        torch.cuda.synchronize()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            compiled(x)
+            torch.cuda.synchronize()
+
+
 def leave() -> None:
     """The second rank ends in the middle of a call, the first one waits for it."""
 
@@ -125,6 +165,28 @@ def leave() -> None:
         compiled(torch.ones(4, device=device()))
         if dist.get_rank() == 1:
             os._exit(1)
-        with pytest.raises(RuntimeError, match=r"(?i)connection|peer|closed"):
+        with pytest.raises(RanksError, match=r"(?i)a collective of the group .*(connection|peer|closed)"):
             compiled(torch.ones(4, device=device()))
     raise EOFError("the other rank has ended")
+
+
+def small_sums(count: int) -> tuple[int, int]:
+    """Check sums in one kernel, of sizes below and above the limit, in turn with other collectives; returns the limit,
+    and how many calls replayed a CUDA graph."""
+
+    def function(x: Tensor) -> Tensor:
+        y = funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + x
+        z = funcol.all_gather_tensor(funcol.all_reduce(y + 1, "sum", dist.group.WORLD), 0, dist.group.WORLD)
+        return funcol.all_reduce(z.relu(), "sum", dist.group.WORLD)
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True, dynamic=False)
+    with torch.no_grad(), watched_calls() as calls:
+        for step in range(count):
+            for rows in (2, 64, 4096):
+                x = torch.full((rows, 512), float(dist.get_rank() + step), device=device())
+                torch.testing.assert_close(compiled(x), torch.as_tensor(function(x)))
+            if step == 2:
+                torch_rtx.wait(60)
+    room = ROOMS.get(dist.group.WORLD.group_name)
+    session, _ = calls[-1]
+    return (0 if room is None else room.limit), (0 if session.pool is None else session.pool.replays)

@@ -20,7 +20,7 @@ SIZE = 2
 CHECKS = [f"tests.distributed.{name}" for name in ("collective_checks", "parallel_checks", "training_checks")]
 
 
-def serve(rank: int, size: int, backend: str, folder: str, connection: Connection) -> None:
+def serve(rank: int, size: int, backend: str, folder: str, seconds: float, connection: Connection) -> None:
     """Answer calls until there are no more."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -30,7 +30,7 @@ def serve(rank: int, size: int, backend: str, folder: str, connection: Connectio
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     connection.send(None)
     while (call := connection.recv()) is not None:
         function, args = call
@@ -52,9 +52,9 @@ def device() -> Any:
 
 
 class Ranks:
-    """Processes that are the ranks of one group."""
+    """Processes that are the ranks of one group, in which a collective may take so many seconds."""
 
-    def __init__(self, backend: str = "gloo", size: int = SIZE) -> None:
+    def __init__(self, backend: str = "gloo", size: int = SIZE, seconds: float = SECONDS) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
         context.set_forkserver_preload(CHECKS)  # so that one process imports them
@@ -62,7 +62,9 @@ class Ranks:
         self.processes: list[Any] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, backend, self._folder.name, theirs), daemon=True)
+            process = context.Process(
+                target=serve, args=(rank, size, backend, self._folder.name, seconds, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -76,12 +78,16 @@ class Ranks:
             AssertionError: it raised on one of them; or one ended, or is not done after so many seconds: all of them
                 are gone then.
         """
-        for connection in self._connections:
-            connection.send((function, args))
+        self.start(function, *args)
         answers = self._answers(seconds)
         failed = [f"rank {rank}: {answer}" for rank, (done, answer) in enumerate(answers) if not done]
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call `function(*args)` on each rank, and do not wait for what they return."""
+        for connection in self._connections:
+            connection.send((function, args))
 
     def _answers(self, seconds: float) -> list[Any]:
         found: dict[Any, Any] = {}

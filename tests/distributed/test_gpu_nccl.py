@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -29,10 +31,31 @@ def test_every_form(gpus: Ranks) -> None:
         assert set(kinds) == {"extern"}
 
 
+def test_different_programs(gpus: Ranks) -> None:
+    gpus.run(collective_checks.different_programs, seconds=60)
+
+
 def test_collectives_are_part_of_cuda_graphs(gpus: Ranks) -> None:
     for why_not, replays in gpus.run(collective_checks.replayed, 12, seconds=180):
         assert why_not is None
         assert replays >= 4
+
+
+def test_small_sums(gpus: Ranks) -> None:
+    (limit, replays), other = gpus.run(collective_checks.small_sums, 10, seconds=120)
+    assert (limit, replays) == other
+    assert limit >= 32 << 10
+    assert replays >= 4
+
+
+def test_a_rank_that_is_killed() -> None:
+    """The other one's GPU waits in a CUDA graph. It ends soon after the timeout, and does not hang."""
+    with closing(Ranks("nccl", seconds=20)) as ranks:
+        ranks.start(collective_checks.killed)
+        ranks.processes[1].join(120)
+        assert ranks.processes[1].exitcode == -signal.SIGKILL
+        ranks.processes[0].join(20 + 20 + 20)
+        assert ranks.processes[0].exitcode not in (None, 0)
 
 
 def test_ranks_stay_in_step(gpus: Ranks) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
+from torch.export import Dim
 
 import torch_rtx
 from tests.distributed import collective_checks, parallel_checks, training_checks
@@ -40,6 +41,7 @@ def collectives_are_in_the_engine(ranks: Ranks, folder: Path) -> None:
     for kinds in ranks.run(collective_checks.forms):
         assert len(kinds) >= 2 * len(collective_checks.FORMS)
         assert set(kinds) == {"extern"}
+    ranks.run(collective_checks.different_programs)
 
 
 def divided_models(ranks: Ranks, folder: Path) -> None:
@@ -59,20 +61,22 @@ def make_by_vocabulary(mesh: DeviceMesh) -> torch.nn.Module:
 
 
 def an_engine_for_all_ranks(ranks: Ranks, folder: Path) -> None:
-    """It is built in this process, and each rank reads its part of the weights of the whole model."""
-    tokens = torch.randint(0, 20, (2, 6))
-    (engine,) = torch_rtx.compile_ranks(make, (tokens,), mesh={"tp": 2}, device="cpu")
+    """It is built in this process, for inputs of many sizes, and each rank reads its part of the weights of the whole
+    model."""
+    tokens = [torch.randint(0, 20, size) for size in ((2, 6), (3, 8), (1, 5))]
+    sizes = {0: Dim("batch", max=8), 1: Dim("length", max=16)}
+    (engine,) = torch_rtx.compile_ranks(make, (tokens[0],), dynamic_shapes=(sizes,), mesh={"tp": 2}, device="cpu")
     torch_rtx.save(engine, folder / "model.rtx")
     right = []
     for seed in range(2):
         torch.manual_seed(seed)
         model = Model()
         save_file(model.state_dict(), folder / f"{seed}.safetensors")
-        right.append(model(tokens).detach())
+        right.append([model(one).detach() for one in tokens])
     first, second = (str(folder / f"{seed}.safetensors") for seed in range(2))
     for found in ranks.run(parallel_checks.loaded, str(folder / "model.rtx"), first, tokens, second):
-        torch.testing.assert_close(found, torch.stack(right))
-    engines = torch_rtx.compile_ranks(make_by_vocabulary, (tokens,), mesh={"tp": 2}, device="cpu")
+        torch.testing.assert_close(found, right)
+    engines = torch_rtx.compile_ranks(make_by_vocabulary, (tokens[0],), mesh={"tp": 2}, device="cpu")
     assert len(engines) == 2  # each looks up other rows of the table
     torch_rtx.save(engines[1], folder / "1.rtx")
     save_file(Model(vocabulary=40).state_dict(), folder / "40.safetensors")

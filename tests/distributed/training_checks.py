@@ -50,9 +50,10 @@ class Model(nn.Module):
 
 
 def batches() -> list[Tensor]:
-    """What each rank computes with."""
+    """What each rank computes with, the second one with more."""
     return [
-        torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(rank)) for rank in range(dist.get_world_size())
+        torch.randn(4 + rank, WIDTH, generator=torch.Generator().manual_seed(rank))
+        for rank in range(dist.get_world_size())
     ]
 
 

@@ -122,7 +122,10 @@ def _explanation(error: Exception, in_model: bool) -> tuple[str, str]:
         said = [line.strip(" -") for line in lines if line.startswith("  - ")] or lines[:1]
         problem = f"the model does not take all sizes of dynamic_shapes: {'; '.join(said)}"
         fixes = [line.strip() for line in lines if re.match(r"  \w+ = ", line)]
-        hint = f"declare {', '.join(fixes) or 'other sizes'}, or the ranges of the inputs by torch_rtx.Input"
+        parts = re.search(r"% (\d+)\)? == 0", problem)
+        multiples = "other sizes" if parts is None else f"multiples, {parts[1]} * torch.export.Dim(...)"
+        hint = f"declare {', '.join(fixes) if fixes and parts is None else multiples}"
+        hint += ", or the ranges of the inputs by torch_rtx.Input"
     elif "dynamic_shapes" in lines[0]:
         problem = lines[0]
         hint = "dynamic_shapes has the structure of the arguments; or declare inputs by torch_rtx.Input"

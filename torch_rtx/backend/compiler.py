@@ -168,15 +168,16 @@ def float32_of(settings: CompilationSettings) -> Float32:
     return Float32(*(HIGH if one == "tf32" else HIGHEST for one in found))
 
 
-def named_targets(option: Option) -> tuple[Target, ...]:
-    """The targets that the option `targets` names on this machine.
+def named_targets(option: Option, device: torch.device) -> tuple[Target, ...]:
+    """The targets that the option `targets` names on this machine; "current" is the GPU `device`.
 
     Raises:
         SettingsError: an unknown target, or "current" without a GPU.
     """
     if not torch.cuda.is_available():
         return parse_targets(option)
-    return parse_targets(option, torch.cuda.get_device_capability(), lambda: chip_here(torch.cuda.current_device()))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return parse_targets(option, torch.cuda.get_device_capability(index), lambda: chip_here(index))
 
 
 def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Target, ...]:
@@ -188,7 +189,7 @@ def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Tar
     """
     if settings.targets is None or device.type != "cuda":
         return ()
-    return PORTABLE if settings.targets == LATER else named_targets(settings.targets)
+    return PORTABLE if settings.targets == LATER else named_targets(settings.targets, device)
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:

@@ -127,7 +127,8 @@ def _targets(settings: CompilationSettings, device: torch.device) -> dict[str, s
     if settings.targets is None or device.type != "cuda":
         return {"kernels": "none"}
     targets = [
-        str(target) + f" of {target.chip}" * (target.chip is not None) for target in named_targets(settings.targets)
+        str(target) + f" of {target.chip}" * (target.chip is not None)
+        for target in named_targets(settings.targets, device)
     ]
     return {"kernels": ", ".join(targets), **assemblers()}
 

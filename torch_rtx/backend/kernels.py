@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
@@ -20,6 +21,9 @@ from torch_rtx.progress import progress
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
 from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, usable
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 Forms = Callable[[Node, Target], list[Form]]
@@ -87,7 +91,7 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     if settings.targets in (None, LATER) or all(node.kind != "kernel" for node in program.graph.nodes):
         return KernelTable()
     assert settings.targets is not None
-    found = targets_for(settings.targets, program.graph)
+    found = targets_for(settings.targets, program.graph, program.device)
     targets = [replace(target, float32=program.float32) for target in found]
     with progress("building kernels") as update:
         artefacts = Artefacts.at(program.folder, settings.override_dir)
@@ -114,13 +118,14 @@ def _check_foreign(graph: Graph, table: KernelTable, report: BuildReport, explic
         log.warning("the engine does not run on %s: the kernel %s has no code for it: %s", target, op, problem)
 
 
-def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
-    """The targets that the option `targets` selects for `graph`, without those that lack a dtype of its kernels.
+def targets_for(option: Option, graph: Graph, device: torch.device) -> tuple[Target, ...]:
+    """The targets that the option `targets` selects for `graph` on `device`, without those that lack a dtype of its
+    kernels.
 
     Raises:
         SettingsError: an unknown target; "current" without a GPU; an explicit target, or every one, lacks a dtype.
     """
-    targets = named_targets(option)
+    targets = named_targets(option, device)
     kept = usable(targets, _dtypes(graph), is_explicit(option))
     for target in targets:
         if target not in kept:

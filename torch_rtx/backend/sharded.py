@@ -10,9 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
 from torch.export._trace import _export
+from torch.fx.experimental import _config as config
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import TorchFunctionMode
 
 from torch_rtx.collectives import bound, groups_of
 from torch_rtx.errors import CaptureError
@@ -32,9 +36,31 @@ def is_divided(model: nn.Module) -> bool:
 def export_divided(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
     """Export a model whose parameters are divided, in one step: the calls of DTensors become those of their parts while
     they are traced, as under torch.compile. A program that has calls of DTensors would lose what these keep beside
-    their arguments, such as the mask of a lookup in a divided table. Calls that others than DTensors make are kept."""
-    with _of_parts(model):
+    their arguments, such as the mask of a lookup in a divided table. Calls that others than DTensors make are kept.
+
+    DTensor asks of sizes whether they can be divided where they are not: it takes the way for any size, then.
+    """
+    with _of_parts(model), _EqualParts(), config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return _export(model, args, dict(kwargs or {}), dynamic_shapes, strict=False, pre_dispatch=False)
+
+
+class _EqualParts(TorchFunctionMode):
+    """Cuts what a gather over n ranks returns into n parts without asking how many there are: its size is n times
+    another one, from which PyTorch can't tell the number for all sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`torch.chunk` of a dimension that is divided without rest, as the parts themselves."""
+        if func in (torch.chunk, torch.Tensor.chunk):
+            tensor, count, dim = _chunked(*args, **(kwargs or {}))
+            size = tensor.shape[dim]
+            if not isinstance(size, int) and statically_known_true(size % count == 0):
+                return torch.split(tensor, [size // count] * count, dim)
+        return func(*args, **(kwargs or {}))
+
+
+def _chunked(input: Any, chunks: int, dim: int = 0) -> tuple[Any, int, int]:
+    """The arguments of `torch.chunk`."""
+    return input, chunks, dim
 
 
 @contextmanager

@@ -72,6 +72,17 @@ def said(key: str, seconds: float = 0.0) -> str | None:
         return None
 
 
+def exchanged(key: str, value: str, rank: int, size: int, seconds: float = FIRST_S) -> list[str | None]:
+    """What each of the ranks 0 to `size - 1` says of `key`, this one, `rank`, among them; None: nothing within so many
+    seconds. Nobody says anything where there is no store."""
+    store = shared_store()
+    if store is None:
+        return []
+    _set(store, f"{key} {rank}", value)
+    end = time.monotonic() + seconds
+    return [said(f"{key} {other}", max(0.0, end - time.monotonic())) for other in range(size)]
+
+
 def _first(store: Any, key: str) -> bool:
     """No rank has asked this before."""
     try:

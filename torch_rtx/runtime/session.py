@@ -32,6 +32,7 @@ from torch_rtx.runtime.plan import Memory, Room
 from torch_rtx.runtime.specialize import Compile, Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.streaming import Streamer, stream
+from torch_rtx.runtime.together import Together
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.variant import Variant
 from torch_rtx.runtime.weights import WeightStore
@@ -127,7 +128,8 @@ class Session:
         compiled = self._compiler(self.streamer)
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         # A second run changes nothing but the results, and other ranks need not take part.
-        self._repeatable = not graph.written and not may_draw(graph) and not any(map(is_collective, graph.nodes))
+        self._together = Together(graph, store.device) if any(map(is_collective, graph.nodes)) else None
+        self._repeatable = not graph.written and not may_draw(graph) and self._together is None
         self._check_sizes = check_sizes if graph.syms else None
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # keys by the types of inputs that are valid
@@ -276,7 +278,7 @@ class Session:
         self, key: object, of: Specializer, variant: Variant, inputs: Sequence[Any], settings: RuntimeSettings
     ) -> list[Any]:
         """Run the call with the weights as they are."""
-        with self.store.gate:
+        with self.store.gate, nullcontext() if self._together is None else self._together.call():
             if not self.store.ready:
                 self.store.check_ready()
             if of is not self.specializer:  # the weights have moved since: `variant` expects them where they were

@@ -187,6 +187,14 @@ class DeviceSample(Sample):
             return self._words.differ()
 
 
+def captures(device: torch.device) -> bool:
+    """Whether the caller captures what is queued on `device`, where nothing can be compared then."""
+    if device.type != "cuda":
+        return False
+    with _current(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
 

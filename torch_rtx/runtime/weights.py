@@ -34,7 +34,7 @@ from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan, made_by
 from torch_rtx.runtime.streaming import Streamer
 from torch_rtx.runtime.strided import overwrite, restride
-from torch_rtx.runtime.watch import Watch, same_bits
+from torch_rtx.runtime.watch import Watch, captures, same_bits
 from torch_rtx.runtime.weight_match import check, match
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class WeightStore:
         watched = {n: self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources}
         self.watch, self._due = None, math.inf
         if watched:
-            sampled = self._shared and self._sampled and not self._captured()
+            sampled = self._shared and self._sampled and not captures(self.device)
             self.watch = Watch(watched, sampled, self.device.type == "cuda")
             self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
 
@@ -299,7 +299,7 @@ class WeightStore:
         watch = self.watch
         if watch is None:
             return None
-        captured = self._captured()
+        captured = captures(self.device)
         if perf_counter() >= self._due and not captured:
             self._audit(watch)
         if self._stale or watch.changed():
@@ -312,10 +312,6 @@ class WeightStore:
             self.settle(pending)
             return None
         return pending
-
-    def _captured(self) -> bool:
-        """The caller captures the call, in which nothing can be compared on a device."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def settle(self, pending: Check) -> bool:
         """End a late comparison. True: the weights were old, or are written since; the call has to run again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.merge_linears import LINEAR
@@ -29,6 +30,7 @@ def raise_linear(graph: Graph, infer: Inference) -> Graph:
 
     def linear(product: Node, last: Node, bias: Attr, rewriter: Rewriter) -> None:
         source, weight = (product.arg(name) for name in PRODUCTS[product.op][:2])
+        before = len(rewriter.nodes)
         if product.op != LINEAR:
             assert isinstance(weight, Value)
             made = producer.get(weight.name)
@@ -36,7 +38,12 @@ def raise_linear(graph: Graph, infer: Inference) -> Graph:
             weight = straight or rewriter.emit("aten.t.default", product.loc, self=rewriter.current(weight))
         args = {"input": source, "weight": weight} | ({} if bias is None else {"bias": bias})
         current = {name: rewriter.current(v) if isinstance(v, Value) else v for name, v in args.items()}
-        rewriter.replace(last.outputs[0], rewriter.emit(LINEAR, last.loc, **current))
+        try:
+            rewriter.replace(last.outputs[0], rewriter.emit(LINEAR, last.loc, **current))
+        except Unsupported:  # PyTorch asks whether there are rows, of sizes that are differences of others
+            del rewriter.nodes[before:]
+            for node in dict.fromkeys((product, last)):
+                rewriter.keep(node)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op in RAISED and _is_layer(node, weights):
