@@ -28,8 +28,9 @@ from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
 from torch_rtx.ir import Graph, Weight
 from torch_rtx.onnx.framed import aligned
-from torch_rtx.runtime.code import compile_graph, undisturbed
+from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.gate import Gate
+from torch_rtx.runtime.joint_recipes import joint_recipes
 from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan, made_by
 from torch_rtx.runtime.streaming import Streamer
@@ -48,6 +49,7 @@ _UNSEEN = (
     "they were written in few elements and without a version counter (`.data`, NumPy, another process); call "
     "refit_module_weights or attach after such writes"
 )
+Made = dict[int, torch.Tensor]  # by index: what joint recipes made of one set of sources, before it was asked for
 Check = tuple[Watch, int]  # a comparison that is under way, and the store's `writes` when it began
 
 
@@ -100,6 +102,10 @@ class WeightStore:
         self._recipes = [
             None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
         ]
+        # By index of a weight: it and all others that one recipe makes, and that recipe.
+        self._joint: dict[int, tuple[tuple[int, ...], Code]] = {}
+        for indices, recipe in joint_recipes(graph.weights):
+            self._joint |= dict.fromkeys(indices, (indices, compile_graph(recipe, device, name="recipes")))
         self._made_by = {index: made_by(weight) for index, weight in self.lendable() if weight.recipe is not None}
         # Per weight: it depends on a parameter that is no constant.
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
@@ -196,24 +202,24 @@ class WeightStore:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         with self._lock:
-            leases = Leases()
-            made = {i: self._leased(i, sources, leases) for i, variable in enumerate(self._variable) if variable}
+            leases, fresh = Leases(), Made()
+            made = {i: self._leased(i, sources, leases, fresh) for i, variable in enumerate(self._variable) if variable}
             self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
-                for index, fresh in made.items():
-                    own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
-                    self._store(index, fresh, own and index not in self._loan.places, index in leases)
+                for index, value in made.items():
+                    own = index in self._hosts or value.untyped_storage().data_ptr() not in storages
+                    self._store(index, value, own and index not in self._loan.places, index in leases)
                     key = self._lease_key(index, sources) if self._owned[index] and index not in leases else None
                     if key is not None:
                         leases.offer(index, key, self.values[index])
                 self.ready, self._unloaded, self._leases = True, None, leases
             self._follow()
 
-    def _leased(self, index: int, sources: Tensors, leases: Leases) -> torch.Tensor:
+    def _leased(self, index: int, sources: Tensors, leases: Leases, made: Made) -> torch.Tensor:
         """The weight computed from `sources`, in memory that another store has for it, if there is any."""
-        fresh, key = self._make(index, sources), self._lease_key(index, sources)
+        fresh, key = self._make(index, sources, made=made), self._lease_key(index, sources)
         found = None if key is None else leases.find(index, key, fresh)
         return fresh if found is None else found
 
@@ -333,9 +339,10 @@ class WeightStore:
             if not self._stale:
                 return  # another thread was faster
             with self._writing():
+                made = Made()
                 for index, weight in enumerate(self.weights):
                     if self._owned[index] and not self._stale.isdisjoint(weight.names):
-                        overwrite(self.values[index], self._make(index, self._sources))
+                        overwrite(self.values[index], self._make(index, self._sources, made=made))
             self._stale = set()  # after all recipes: if one fails, the next call runs it again
 
     def _audit(self, watch: Watch) -> None:
@@ -374,8 +381,9 @@ class WeightStore:
         """
         found = match(self.parameters, sources, self._unused if strict else None)
         given = dict(zip((p.name for p in self.parameters), found, strict=True))
+        made = Made()
         fresh = {
-            index: self._make(index, given, self.streamer is not None)
+            index: self._make(index, given, self.streamer is not None, made)
             for index, variable in enumerate(self._variable)
             if variable
         }
@@ -510,14 +518,17 @@ class WeightStore:
             yield
 
     @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
-    def _make(self, index: int, sources: Tensors, host: bool = False) -> torch.Tensor:
+    def _make(self, index: int, sources: Tensors, host: bool = False, made: Made | None = None) -> torch.Tensor:
         """The weight computed from `sources`; shares their memory where its recipe allows.
 
         Args:
             host: return it in host memory, as for a streamed weight.
+            made: of the same sources, what joint recipes made beside other weights.
         """
         if index in self._loan.places:
             return self._loan.value(index)
+        if made is not None and index in made:
+            return _in_host_memory(made.pop(index)) if host or index in self._hosts else made.pop(index)
         weight, recipe = self.weights[index], self._recipes[index]
         host = host or index in self._hosts
         given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
@@ -526,7 +537,12 @@ class WeightStore:
         inputs = [aligned(self._place(name, tensor)) for name, tensor in zip(weight.names, given, strict=True)]
         with undisturbed(self.device):
             try:
-                value = recipe(inputs, ())[0]
+                if made is None or index not in self._joint:
+                    value = recipe(inputs, ())[0]
+                else:
+                    indices, joint = self._joint[index]
+                    made |= zip(indices, joint(inputs, ()), strict=True)
+                    value = made.pop(index)
             except OverflowError as error:  # of `torch_rtx.to_int8`
                 problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
                 raise RefitError(mismatched={", ".join(weight.names): problem}) from error

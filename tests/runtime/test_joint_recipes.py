@@ -1,0 +1,85 @@
+"""Recipes of the same parameters run together, and give what each gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import torch_rtx
+from torch_rtx.ir import Weight
+from torch_rtx.irparse import parse
+from torch_rtx.quantization import quantize
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.weights import WeightStore
+from torch_rtx.settings import CompilationSettings
+
+CPU = torch.device("cpu")
+SIZE = """\
+a: f32[2, 2] = op aten.abs.default(self=w)
+m: f32[2, 1] = op aten.amax.default(self=a, dim=[1], keepdim=True)"""
+CODES = f"""{SIZE}
+q: f32[2, 2] = op aten.div.Tensor(self=w, other=m)
+r: f32[2, 2] = op aten.round.default(self=q)"""
+DRAWN = """\
+r: f32[2, 2] = op aten.rand_like.default(self=w)
+s: f32[2, 2] = op aten.add.Tensor(self=w, other=r)"""
+VIEW = "t: f32[2, 2](1, 2) = op aten.t.default(self=w)"
+ROWS = f"{SIZE}\ns: f32[2] = op aten.select.int(self=m, dim=1, index=0)"
+
+
+def weight(calls: str) -> Weight:
+    """A weight that these calls make of a parameter w, f32[2, 2]."""
+    lines = calls.splitlines()
+    name, _, rest = lines[-1].partition(": ")
+    body = "".join(f"    {line}\n" for line in ("input w: f32[2, 2]", *lines, f"return [{name}]"))
+    head = f"  parameter 'w': f32[2, 2]\n  weight {name}: {rest.split(' = ')[0]} = 'w' graph import {{\n"
+    return parse(f"graph fused {{\n{head}{body}  }}\n  return [{name}]\n}}").weights[0]
+
+
+def fails(*_: object) -> None:
+    raise AssertionError("a joint recipe makes this weight")
+
+
+def test_equal_calls_run_once() -> None:
+    made = [weight(SIZE), weight(CODES)]
+    ((indices, joint),) = joint_recipes(made)
+    assert indices == (0, 1)
+    assert [node.op.split(".")[1] for node in joint.nodes] == ["abs", "amax", "div", "round"]
+    w = torch.randn(2, 2)
+    for mine, own in zip(compile_graph(joint, CPU)([w], ()), made, strict=True):
+        assert own.recipe is not None
+        assert torch.equal(mine, compile_graph(own.recipe, CPU)([w], ())[0])
+
+
+def test_numbers_are_drawn_for_each() -> None:
+    ((_, joint),) = joint_recipes([weight(DRAWN), weight(DRAWN)])
+    first, second = compile_graph(joint, CPU)([torch.zeros(2, 2)], ())
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("recipes", [(CODES, VIEW), (SIZE, ROWS), (SIZE, SIZE), (CODES,)])
+def test_results_that_would_share_memory_stay_apart(recipes: tuple[str, ...]) -> None:
+    assert joint_recipes(list(map(weight, recipes))) == []
+
+
+@pytest.mark.parametrize("config", ["int8_dynamic", "fp8_dynamic", "int4_weight_only"])
+def test_codes_and_scales_are_made_together(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refit gives the bits that the recipes give one by one, and runs the joint one alone; so do changes in place."""
+    model = quantize(nn.Sequential(nn.Linear(128, 32)).half(), config)
+    settings = CompilationSettings(device="cuda", targets="later")
+    graph = torch_rtx.compile(model, (torch.randn(3, 128).half(),), settings=settings).engine.graph
+    store = WeightStore(graph, CPU, {})
+    assert store._joint
+    parameters = {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    alone = [store._make(index, parameters) for index in range(len(graph.weights))]
+    monkeypatch.setattr(store, "_recipes", [fails if i in store._joint else r for i, r in enumerate(store._recipes)])
+    store.refit(parameters, strict=False)
+    assert all(map(torch.equal, store.values, alone))
+    store.attach(parameters)
+    parameters["0.weight"].mul_(2)
+    store.refresh()
+    scales = [index for index in store._joint if not torch.equal(store.values[index], alone[index])]
+    assert len(scales) == 1
+    torch.testing.assert_close(store.values[scales[0]], 2 * alone[scales[0]])
