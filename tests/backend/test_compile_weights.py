@@ -49,10 +49,10 @@ class Made(list):
     def __init__(self, monkeypatch):
         original = WeightStore._make
 
-        def make(store, index, sources):
+        def make(store, index, *given, **named):
             if store.weights[index].recipe is not None:
                 self.append(store.weights[index].names)
-            return original(store, index, sources)
+            return original(store, index, *given, **named)
 
         monkeypatch.setattr(WeightStore, "_make", make)
         monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
@@ -405,7 +405,7 @@ def test_a_write_that_misses_the_sample_is_found_and_reported(monkeypatch, caplo
         now[0] += weights.AUDIT_GAP
         same(compiled(x), model(x), atol=1e-4, rtol=1e-4)
         assert len(caplog.records) == 1
-        noise = lambda *args: torch.rand(512, 512)  # noqa: E731
+        noise = lambda *given, **named: torch.rand(512, 512)  # noqa: E731
         monkeypatch.setattr(WeightStore, "_make", noise)  # a recipe that is not deterministic proves nothing
         now[0] += weights.AUDIT_GAP
         same(compiled(x), model(x), atol=1e-4, rtol=1e-4)

@@ -165,7 +165,9 @@ def test_attached_weights_are_aliases(net, stripped, monkeypatch):
     monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
     engine.attach(model)
     monkeypatch.setattr(
-        WeightStore, "_make", lambda store, i, s: (made.append(store.weights[i].names), original(store, i, s))[1]
+        WeightStore,
+        "_make",
+        lambda store, i, *a, **k: (made.append(store.weights[i].names), original(store, i, *a, **k))[1],
     )
     engine(IMAGE)
     assert made == []
@@ -187,12 +189,12 @@ def test_a_failing_recipe_changes_nothing(give, at, net, monkeypatch):
     getattr(engine, give)(a)
     before, original, count = engine(IMAGE), WeightStore._make, 0
 
-    def fail(store, index, sources, host=False):
+    def fail(*given, **named):
         nonlocal count
         count += 1
         if count > at:
             raise RuntimeError("out of memory")
-        return original(store, index, sources, host)
+        return original(*given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(WeightStore, "_make", fail)
@@ -213,7 +215,7 @@ def test_a_recipe_that_fails_in_a_call_runs_again_in_the_next(net, monkeypatch):
     model.v.weight.add_(1)
     model.conv.weight.mul_(2)
 
-    def fail(store, index, sources):
+    def fail(*given, **named):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
@@ -390,10 +392,10 @@ def test_threads_that_see_changes_at_once(net, monkeypatch):
     engine.attach(model)
     made, original, lock = [], WeightStore._make, threading.Lock()
 
-    def make(store, index, sources):
+    def make(store, index, *given, **named):
         with lock:
             made.append(store.weights[index].names)
-        return original(store, index, sources)
+        return original(store, index, *given, **named)
 
     monkeypatch.setattr(WeightStore, "_make", make)
     monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))

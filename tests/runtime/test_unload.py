@@ -169,7 +169,7 @@ def test_copies_while_unloaded(how: str, attached: bool, file: Path) -> None:
 
 
 def test_a_load_that_fails_can_be_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
     model = Net().eval()
