@@ -493,3 +493,34 @@ def test_a_padding_is_part_of_what_it_pads(width: int) -> None:
         p: f16[700, {width + 6}] = op aten.constant_pad_nd.default(self=e, pad=[0, 6])
         return [p]""")
     assert [node.kind for node in graph.nodes] == ["kernel"]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_norm_and_a_concatenation_are_part_of_a_rotation(joined: bool) -> None:
+    """The halves that a rotation computes have other sizes than what they are taken from; its result has the same."""
+    before = {
+        False: "t: f16[64, 512, 128] = op aten.rms_norm.default(input=x, normalized_shape=[128], eps=1e-6)",
+        True: "t: f16[64, 512, 128] = op aten.cat.default(tensors=[y, z], dim=1)",
+    }
+    graph = fused(f"""
+      input x: f16[64, 512, 128]
+      input y: f16[64, 100, 128]
+      input z: f16[64, 412, 128]
+      input cos: f32[512, 64]
+      input sin: f32[512, 64]
+      {before[joined]}
+      v: f32[64, 512, 128] = op aten._to_copy.default(self=t, dtype='f32')
+      p: f32[64, 512, 64, 2] = op aten.view.default(self=v, size=[64, 512, 64, 2])
+      e: f32[64, 512, 64](65536, 128, 2) = op aten.select.int(self=p, dim=-1, index=0)
+      o: f32[64, 512, 64](65536, 128, 2) = op aten.select.int(self=p, dim=-1, index=1)
+      a: f32[64, 512, 64] = op aten.mul.Tensor(self=e, other=cos)
+      b: f32[64, 512, 64] = op aten.mul.Tensor(self=o, other=sin)
+      c: f32[64, 512, 64] = op aten.mul.Tensor(self=e, other=sin)
+      d: f32[64, 512, 64] = op aten.mul.Tensor(self=o, other=cos)
+      f: f32[64, 512, 64] = op aten.sub.Tensor(self=a, other=b)
+      g: f32[64, 512, 64] = op aten.add.Tensor(self=c, other=d)
+      s: f32[64, 512, 64, 2] = op aten.stack.default(tensors=[f, g], dim=-1)
+      w: f32[64, 512, 128] = op aten.view.default(self=s, size=[64, 512, 128])
+      r: f16[64, 512, 128] = op aten._to_copy.default(self=w, dtype='f16')
+      return [r]""")
+    assert [node.kind for node in graph.nodes] == ["kernel"]

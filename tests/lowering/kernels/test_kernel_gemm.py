@@ -663,7 +663,7 @@ def kernel(x, w, b, out0):
     t1 = acc0 + t0
     t2 = tl.load(b + (N + 24)).to(tl.float32)
     t3 = acc1 + t2
-    t4 = t1 * tl.sigmoid(t1)
+    t4 = t1 * libdevice.fast_dividef(1.0, 1.0 + tl.exp2(t1 * -1.4426950408889634))
     t5 = t4 * t3
     tl.store(out0 + (24 * M + N), t5)
 """,

@@ -316,6 +316,15 @@ def test_rows_are_stored_with_a_padding(dtype: str) -> None:
         loop_kernel(region(body(PADDED, dtype)), "kernel")
 
 
+def test_longer_rows_of_results_are_written_in_steps() -> None:
+    longer = PADDED.replace("117", "9216").replace("120", "9219")
+    equal = longer.replace("9219", "9216").replace("[0, 3]", "[0, 0]")
+    for text, held in ((longer, False), (equal, True)):
+        configs = loop_configs(region(body(text)))
+        assert any(config.held for config in configs) == held
+        loop_kernel(region(body(text)), "kernel", configs[0])
+
+
 QUANTIZED = """
 heads: H[1, 2, 5, SIDE](10, 5, 1, 10)
 both: H[1, 5, REST]

@@ -119,6 +119,10 @@ def held_configs(region: Region) -> list[LoopConfig]:
     found = [LoopConfig(max(4 // warps, 1), tile, max(4, warps), held=True)]
     if 4 <= warps <= 8 and tile >= 64 * warps:
         found.append(replace(found[0], num_warps=2 * warps))
+    try:  # results may have longer rows, and a row more values than a kernel has
+        LoopWriter(region, found[0]).write()
+    except Unsupported:
+        return []
     return found
 
 
