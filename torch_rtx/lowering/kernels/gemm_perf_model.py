@@ -163,8 +163,9 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
         least_k = 8 * FEW_BYTES // problem.packing.bits if problem.packing else FEW_BYTES
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     forms = [(False, False), (True, False)]  # with extra columns, or with stacked accumulators
-    forms += [(False, True)] if problem.swapped and problem.accumulators == 2 and "wgmma" in arch.features else []
-    for block_m, block_n, block_k, (extra, stacked) in itertools.product(*tiles, forms):
+    if problem.swapped and problem.accumulators == 2 and problem.dtype in HALVES and "wgmma" in arch.features:
+        forms.append((False, True))
+    for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
         if problem.promoted and block_k > MAX_IMPRECISE:
