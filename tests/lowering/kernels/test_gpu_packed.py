@@ -4,6 +4,7 @@ bits. In Hopper's products from registers a step is unpacked while the one befor
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from benchmarks.numerics import assert_right
 from tests.lowering.kernels.kernel_bodies import FLOATS, body, random_tensor
 from tests.lowering.kernels.test_gpu_kernels import session, target_of
-from tests.lowering.kernels.test_kernel_packed import BYTES, packed
+from tests.lowering.kernels.test_kernel_packed import BYTES, gated, packed
 from tests.lowering.kernels.test_kernel_split import kernel_graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_kernel
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.gpu
 
 JOINED = GemmConfig(256, 128, 128, 8, 3, joined=True)
 WIDE, DEEP = GemmConfig(128, 64, 128, 4, 4, joined=True), GemmConfig(64, 64, 256, 4, 3, joined=True)
+STACKED = GemmConfig(256, 64, 64, 8, 3, joined=True, stacked=True)
 CASES = {
     "joined": (packed(512, 1024, 2048, 128, 32, "T"), JOINED),
     "joined, groups of 32": (packed(300, 200, 2048, 32, 32, "T"), WIDE),
@@ -33,6 +35,8 @@ CASES = {
     "joined bytes, few steps": (packed(64, 512, 256, 64, 16, "T", bits=8), DEEP),
     "parts of bytes": (packed(100, 200, 2048, 128, 32, "T", bits=8), GemmConfig(32, 64, 128, 2, 4)),
     "few rows of packed bytes": (packed(8, 2000, 2048, 128, 32, "T", bits=8), GemmConfig(8, 64, 128, 2, 3)),
+    "stacked": (gated(packed(500, 2048, 2048, 128, 32, "T"), 500, 1024), replace(STACKED, block_k=128)),
+    "stacked bytes": (gated(packed(512, 2000, 2048, 2048, 32, "T", bits=8), 512, 1000), STACKED),
     "slices, 7 rows": (packed(7, 1000, 4096, 32, 32, "T"), GemmConfig(8, 16, 256, 2, 3, slices=2)),
     "many rows of bytes": (BYTES.replace("[3,", "[512,").replace("24", "1024"), GemmConfig(256, 128, 64, 8, 4)),
     "slices of bytes": (BYTES.replace("[3,", "[2,"), GemmConfig(8, 8, 128, 2, 4, slices=4)),

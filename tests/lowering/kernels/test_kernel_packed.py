@@ -11,6 +11,7 @@ import torch
 
 from tests.doubles.interpreter import run
 from tests.lowering.kernels.kernel_bodies import DTYPES, body, check, check_split, offered
+from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
 from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
@@ -91,8 +92,6 @@ wide: H[24, 512] = view.default(self=scaled, size=[24, 512])
 y: H[3, 24] = linear.default(input=x, weight=wide)
 return y
 """
-
-GATE = ("g", 0), ("u", 16)
 
 PLAIN = """
 x: bf16[ROWS, 4096]
@@ -183,15 +182,41 @@ def test_slices_of_packed_operands(slices: int, sizes: tuple[int, int, int, int,
     assert f"[{8 * slices}, {16 if sizes[0] * slices > 8 else 8}], tl.float32)" in kernel.source
 
 
+def gated(text: str, rows: int, columns: int) -> str:
+    """The product `y` of twice as many columns, with the gate of each column in the first half."""
+    halves = [
+        f"{name}: H[{rows}, {columns}]({2 * columns}, 1) = slice.Tensor(self=y, dim=1, start={at}, end={at + columns})"
+        for name, at in (("g", 0), ("u", columns))
+    ]
+    ends = f"a: H[{rows}, {columns}] = silu.default(self=g)", f"v: H[{rows}, {columns}] = mul.Tensor(self=a, other=u)"
+    return text.replace("return y", "\n".join((*halves, *ends, "return v")))
+
+
 def test_slices_of_a_gated_product() -> None:
     """Both halves of the columns, whose tiles are read together."""
-    halves = [
-        f"{name}: bf16[2, 16](32, 1) = slice.Tensor(self=y, dim=1, start={at}, end={at + 16})" for name, at in GATE
-    ]
-    ends = "a: bf16[2, 16] = silu.default(self=g)", "v: bf16[2, 16] = mul.Tensor(self=a, other=u)", "return v"
-    text = packed(2, 32, 512, 64, 16, "bf16").replace("return y", "\n".join((*halves, *ends)))
+    text = gated(packed(2, 32, 512, 64, 16, "bf16"), 2, 16)
     kernel = check(text, gemm_kernel, GemmConfig(8, 8, 128, num_warps=2, slices=4), "bf16")
     assert "acc1 = tl.sum(" in kernel.source
+
+
+@pytest.mark.parametrize("weight", [4, 8, "i8"])
+def test_a_gated_product_is_one_product(weight: int | str) -> None:
+    """Of both halves of the columns, some of which are past the end, as are some rows."""
+    text = gated(packed(35, 48, 256, 64, 16, "bf16", bits=8 if weight == 8 else 4), 35, 24)
+    if weight == "i8":
+        text = BYTES.replace("[3,", "[35,").replace("24", "48").replace("DEPTH", "200").replace("BYTES", "i8")
+        text = gated(text.replace("HALF", "bf16"), 35, 24)
+    config = GemmConfig(32, 16, 128, joined=weight != "i8", stacked=True)
+    source = check(text, gemm_kernel, config, "bf16").source
+    assert source.count("tl.dot(") == 1
+    assert ("acc1 = acc1 * " in source) == (weight == "i8")
+
+
+def test_other_accumulators_are_no_rows_of_one_product() -> None:
+    config = GemmConfig(16, 16, 128, joined=True, stacked=True)
+    for text in (packed(16, 32, 256, 64), gated(packed(16, 32, 256, 64), 16, 16)):  # one; few rows, that are scaled
+        with pytest.raises(Unsupported, match="no rows of one product"):
+            gemm_kernel(region(body(text)), "kernel", replace(config, joined="return y" in text))
 
 
 @pytest.mark.parametrize("weight", ["i8", "f8e4m3fn"])
@@ -317,6 +342,21 @@ def test_machine_code(sm: int, rows: int, bits: int) -> None:
     assert "cp.async.cg.shared.global [ %r" in text
 
 
+def test_hopper_splits_accumulators_in_registers() -> None:
+    """Nothing goes through shared memory but the result, on its way to memory."""
+    found = region(body(gated(packed(512, 4096, 2048, 128, 32, "bf16"), 512, 2048), "bf16"))
+    config = next(one for one in gemm_configs(found, arch_of(90)) if one.stacked)
+    kernel, target = gemm_kernel(found, "kernel", config), Target(90)
+    (code,) = compile_kernels([(kernel, target)])[kernel, target].codes
+    text = code.ptx.decode()
+    assert code.spills <= 8
+    *_, last = re.finditer(r"wgmma\.mma_async", text)
+    stored = [found.start() for found in re.finditer(r"st\.shared|stmatrix", text)]
+    assert stored == [at for at in stored if at > last.end()] != []
+    assert len(stored) <= 512 * 64 // (32 * config.num_warps) // 4  # of the result alone, in words
+    assert "shfl" not in text
+
+
 @pytest.mark.parametrize("weight", [4, 8, "i8"])
 def test_hopper_multiplies_from_registers(weight: int | str) -> None:
     """What is unpacked never is in shared memory, and products of a step run while the next one is unpacked."""
@@ -360,7 +400,7 @@ def test_configurations_for_packed_operands(sm: int) -> None:
 
 def test_few_rows_move_the_packed_bytes() -> None:
     """The model knows that a product of few rows takes as long as its weights are read, and one of many does not."""
-    for sm, rows, least, most in ((89, 1, 0.25, 0.6), (89, 16, 0.25, 0.6), (89, 4096, 0.95, 1.4), (90, 512, 0.9, 1.1)):
+    for sm, rows, least, most in ((89, 1, 0.25, 0.6), (89, 16, 0.25, 0.6), (89, 4096, 0.95, 1.4), (90, 512, 1.1, 1.4)):
         wide = PLAIN.replace("ROWS", str(rows))
         plain, ours = (
             offered(body(text, "bf16"), sm)["kernel"].expected_us

@@ -37,6 +37,9 @@ SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 BITS = 4  # of packed values whose sums have a number in them, see `packed.with_magic`
+UNPACKED = 2  # instructions for a value that Hopper's products take from registers, or for an operation on others
+SHOWN = 0.7  # of what programs unpack that are on one multiprocessor
+UNPACKING_US, SCALES_US = 0.05, 0.25  # of a step that unpacks for such products, and until scales of groups are there
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
@@ -64,7 +67,7 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list
             if not config.gemv or precision == IEEE:  # which has no products
                 found.append((us, replace(config, promoted=problem.promoted, block_scaled=block_scaled)))
     best = [config for _, config in sorted(found, key=lambda one: one[0])]
-    tiles = [(config.gemv, config.slices, config.block_m, config.width, config.input_precision) for config in best]
+    tiles = [(c.gemv, c.slices, c.stacked, c.block_m, c.width, c.input_precision) for c in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE]
     # Times of different instructions are the least certain: the best of each precision is among the first to be tried.
     heads = {config.input_precision: config for config in reversed(kept)}
@@ -177,7 +180,10 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     if few:  # memory is read in long runs
         least_k = 8 * FEW_BYTES // problem.packing.bits if problem.packing else FEW_BYTES
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
-    for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
+    forms = [(False, False), (True, False)]  # with extra columns, or with stacked accumulators
+    if problem.swapped and problem.accumulators == 2 and problem.dtype in HALVES and "wgmma" in arch.features:
+        forms.append((False, True))
+    for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
         if problem.promoted and block_k > MAX_IMPRECISE:
@@ -189,8 +195,11 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         if few:  # warps divide the columns, so that none is unpacked twice; the rows are those of one instruction
             warps = [count for count in (1, 2) if block_n in (16 * count, 32 * count)]
+        most_stages = max(ceil(problem.depth / block_k), 2) if few else stages[-1]  # more would be empty
         for num_warps, num_stages in itertools.product(warps, stages):
-            given = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
+            if num_stages > most_stages:
+                continue
+            given = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n, stacked=stacked)
             config = _of_computed(problem, given, arch)
             if config is None:
                 continue
@@ -208,11 +217,17 @@ def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmCo
     parts = problem.packing.parts if problem.packing else 1
     if config.block_k < MIN_BLOCK * parts:  # a part has the elements of an instruction
         return None
+    if problem.packing and problem.has_groups and config.block_k > problem.packing.depth:  # each value has a scale
+        return None
     if not _uses_wgmma(problem, config, arch):
+        if config.stacked:
+            return None
         # A thread reads at least 4 bytes of each part of the first operand, so that these are copied ahead of time.
         read = config.block_m * config.block_k // (32 * config.num_warps)
         return None if problem.packing and read < 2 * parts else config
-    if problem.swapped and config.block_n < 16 * config.num_warps:  # what two warpgroups read, both would unpack
+    if problem.swapped and _rows(problem, config) < 16 * config.num_warps:  # two warpgroups would unpack the same
+        return None
+    if config.stacked and config.block_n >= 16 * config.num_warps:  # there are as many rows without
         return None
     return replace(config, joined=parts > 1)
 
@@ -265,9 +280,14 @@ def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """Products run as Hopper's wgmma, which reads operands from shared memory, and the first one from registers, too: a
     computed one comes first, see `MmaWriter`."""
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
-    rows = config.block_n if problem.swapped else config.block_m
+    rows = _rows(problem, config) if problem.swapped else config.block_m
     is_large = rows >= 64 and config.num_warps >= 4
     return "wgmma" in arch.features and problem.dtype != F32 and is_large and along_k
+
+
+def _rows(problem: GemmProblem, config: GemmConfig) -> int:
+    """The rows of a product whose second operand comes first."""
+    return config.block_n * (problem.accumulators if config.stacked else 1)
 
 
 def _unpacks_for_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
@@ -355,6 +375,8 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
     shared_us = shared * config.block_k / (128e3 * chip.clock)
     l2_us = problem.step_bytes(config) / (chip.cache * 1e3 * chip.clock)
+    if _unpacks_for_wgmma(problem, config, arch):
+        return BARRIER_US + _unpacking_step_us(problem, config, chip, count, math_us, max(shared_us, l2_us))
     # A load is due num_stages - 1 steps later.
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
@@ -373,6 +395,21 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
     slower = FMA_SLOWER if problem.dtype == F32 else 1.0
     return slower * (BARRIER_US + waiting_us + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us))
+
+
+def _unpacking_step_us(
+    problem: GemmProblem, config: GemmConfig, chip: Chip, count: int, math_us: float, read_us: float
+) -> float:
+    """As `_step_us`, where wgmma takes an operand from registers. The warps that unpack it also start the products, so
+    that little of their work is hidden; of several programs, some. What is copied comes from L2 mostly, in half the
+    time that memory takes."""
+    packing, elements = problem.packing, config.width * problem.accumulators * config.block_k
+    operations = UNPACKED * (1 if packing else problem.unpacking)
+    unpack_us = operations * elements / (LANES * chip.clock * 1e3)
+    unpack_us += SCALES_US if problem.has_groups else 0
+    latency_us = (LATENCY_US / 2 + math_us + unpack_us) / max(config.num_stages - 1, 1)
+    busy_us = count * (math_us + unpack_us * (SHOWN if count > 1 else 1))
+    return UNPACKING_US + max(busy_us, count * read_us, latency_us)
 
 
 # ---- slices of K side by side ----------------------------------------------------------------------------------------

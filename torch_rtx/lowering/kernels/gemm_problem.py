@@ -85,6 +85,11 @@ class GemmProblem:
     packing: Packing | None = None
     is_sliceable: bool = False
 
+    @property
+    def has_groups(self) -> bool:
+        """Values along K have several scales: those of a run take at least a byte."""
+        return self.packing is not None and (self.second_bytes - self.packing.bits / 8) * self.packing.depth >= 1
+
     def step_bytes(self, config: GemmConfig) -> float:
         """Bytes that a step reads."""
         width = config.width * self.accumulators

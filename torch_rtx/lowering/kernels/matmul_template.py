@@ -52,6 +52,7 @@ class GemmConfig:
         promoted: the products of a step are added to the sums by separate instructions, in f32.
         joined: the parts of a packed second operand are one tile, see `MmaWriter`.
         slices: of K in a tile, side by side: use SlicedWriter if there are several.
+        stacked: use StackedWriter.
     """
 
     block_m: int
@@ -68,6 +69,7 @@ class GemmConfig:
     block_scaled: bool = False
     joined: bool = False
     slices: int = 1
+    stacked: bool = False
 
     @property
     def width(self) -> int:

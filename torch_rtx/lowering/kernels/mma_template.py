@@ -41,11 +41,13 @@ class Sums:
 
     Attributes:
         by_step: scales and shifts are applied to the sums of each step.
+        pairs: the tiles of both operands that a step multiplies and adds to `total` alone; [] if it does more.
         before, inside, after: lines before the loop, in it, and after it.
     """
 
     total: Operand
     by_step: bool = False
+    pairs: list[tuple[str, str]] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     inside: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
@@ -96,16 +98,17 @@ class MmaWriter(TileWriter):
         """The sums of a tile, for what the loop computed, and the lines that make them of it."""
         return total, []
 
+    def combined(self, sums: list[Sums], axis: Axis) -> list[Sums]:
+        """The accumulators of columns along `axis` as the loop computes them."""
+        return sums
+
     def body(self) -> list[str]:
         """Pointers, the loop over K, and the epilogue."""
         config, k_loop = self.config, self.k_loop()
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
         rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.joined and k_loop.packing is not None
-        self.block, self.width, block_a = (
-            k_loop.block,
-            k_loop.width,
-            len(k_loop.parts) * k_loop.width if is_joined else k_loop.width,
-        )
+        self.block, self.width = k_loop.block, k_loop.width
+        block_a = len(k_loop.parts) * k_loop.width if is_joined else k_loop.width
         a = self.emitter(self._axes(self.loop_rows, Axis(KA, block_a, a_mask)), "a")
         k_loop.enter(a, a_mask)
         places = [k_loop.whole(KA)] if is_joined else [k_loop.values(KA, part) for part in k_loop.parts]
@@ -127,6 +130,7 @@ class MmaWriter(TileWriter):
                 ]
                 total = Operand(name, frozenset((self.loop_rows.name, inner.name)))
                 sums.append(self._sums(total, b, inner, positions, left, b_mask))
+            sums = self.combined(sums, inner)
             before += [*b.outer.lines, *(line for one in sums for line in one.before)]
             inside += b.inner()
             dots += [line for one in sums for line in one.inside]
@@ -161,7 +165,8 @@ class MmaWriter(TileWriter):
         if not found:
             parts = [[operand(b, contraction.b, at, self.dtype, mask) for at in halves] for halves in positions]
             values = self._tiles(parts, axis)
-            made.inside += [self._dot(total.text, one, value) for one, value in zip(left, values, strict=True)]
+            made.pairs = list(zip(left, values, strict=True))
+            made.inside += [self.dot(total.text, *pair) for pair in made.pairs]
             return made
         parts, factors = [], []
         for halves in found:
@@ -181,6 +186,7 @@ class MmaWriter(TileWriter):
                 made.inside += [*empty, *lines, f"{total.text} += {terms}"]
             else:
                 made.before, made.inside, made.after = made.before + empty, lines, [f"{total.text} = {terms}"]
+                made.pairs = products if len(dots) == 1 else []
         return made
 
     def _value(self, b: Emitter, one: Scaled, mask: str) -> tuple[str, float]:
@@ -196,13 +202,13 @@ class MmaWriter(TileWriter):
         """The products of codes that share a scale and a shift, by the tile that they are added to, and what comes of
         these tiles."""
         scale, shift = factors
-        dots = {sums: [self._dot(sums, other, value) for other, value in pairs]}
+        dots = {sums: [self.dot(sums, other, value) for other, value in pairs]}
         terms = sums if scale is None else f"{sums} * {scale.text}"
         if shift is not None:  # times the sum over K of the first operand, by tensor cores as well
             sizes = ", ".join(str(one.block) for one in self._axes(Axis(KB, self.block), axis))
             halves = [f"tl.full([{sizes}], 1.0, {tl_dtype(self.dtype)})"] * (self.width // self.block)
             (ones,) = self._tiles([halves], axis)  # Triton reads both products' operands in one layout
-            dots[f"{sums}_ones"] = [self._dot(f"{sums}_ones", other, ones) for other, _ in pairs]
+            dots[f"{sums}_ones"] = [self.dot(f"{sums}_ones", other, ones) for other, _ in pairs]
             terms += f" + {sums}_ones * {shift.text}"
         return dots, terms
 
@@ -254,7 +260,8 @@ class MmaWriter(TileWriter):
         """The dimensions of a tile."""
         return [second, first] if self.swapped else [first, second]
 
-    def _dot(self, total: str, a: str, b: str) -> str:
+    def dot(self, total: str, a: str, b: str) -> str:
+        """The line that adds the product of two tiles to a third one."""
         first, second = (b, a) if self.swapped else (a, b)
         if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
             return f"{total} += tl.dot({first}, {second}, max_num_imprecise_acc={self.config.block_k})"

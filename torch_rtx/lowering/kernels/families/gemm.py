@@ -39,6 +39,7 @@ from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.sliced_template import SlicedWriter
 from torch_rtx.lowering.kernels.split import added, split_anchor
+from torch_rtx.lowering.kernels.stacked_template import StackedWriter
 from torch_rtx.op_work import ANCHORS, INT_MM, PRODUCTS, SCALED_MM, SCALES, library_has
 from torch_rtx.targets import HIGHEST, Arch
 
@@ -50,8 +51,8 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
         Unsupported: another anchor, a dtype that `tl.dot` does not multiply, or an epilogue whose indices can't be
             inverted.
     """
-    few = SlicedWriter if config.slices > 1 else MmaWriter
-    writer = BlockScaledWriter if config.block_scaled else GemvWriter if config.gemv else few
+    tiled = SlicedWriter if config.slices > 1 else StackedWriter if config.stacked else MmaWriter
+    writer = BlockScaledWriter if config.block_scaled else GemvWriter if config.gemv else tiled
     return writer(region, gemm_contraction(region), config).kernel(name)
 
 
