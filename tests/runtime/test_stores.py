@@ -182,6 +182,23 @@ def test_a_kernel_is_checked_alone() -> None:
         assert "relative error" in str(check.problem(code))
 
 
+def test_slots_of_pages_are_checked_with_positions_that_differ() -> None:
+    text = """
+input c: f16[4, 9, 5]
+input i: i64[30]
+input a: f16[30, 5]
+x: f16[30, 5] = op aten.neg.default(self=a)
+v: f16[36, 5] = op aten.view.default(self=c, size=[36, 5])
+u: f16[36, 5] = op aten.index_put.default(self=v, indices=[i], values=x)
+c1: f16[4, 9, 5] = op aten.view.default(self=u, size=[4, 9, 5])
+op aten.copy_.default(self=c, src=c1)
+return []
+"""
+    (node,) = fused(program(text)).nodes
+    check = CandidateCheck(node, torch.device("cpu"))
+    assert check.problem(check.code(whole_nodes({node.op: interpreted(node, {})}))) is None
+
+
 def test_positions_out_of_range() -> None:
     """The library refuses them, and so does the check of a candidate; a kernel leaves them out."""
     before = program(QUOTED)

@@ -24,6 +24,7 @@ from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
 
 CAST = "aten._to_copy.default"
+PAGE, IN_PAGE = "aten.floor_divide.default", "aten.remainder.Scalar"
 OF_NUMBERS = frozenset(
     ("_to_copy", "clone", "cat", "add", "sub", "mul", "neg", "where", "bitwise_and", "bitwise_or", "bitwise_xor")
 )
@@ -50,21 +51,26 @@ def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.T
 
 
 def limits(graph: Graph) -> dict[str, int]:
-    """By the name of an input that is nothing but positions, directly or as a view, cast or compared: the size of the
-    smallest dimension that they are for."""
+    """By the name of an input that is nothing but positions, directly or as a view, cast or compared, or in pages of
+    one size: the size of the smallest dimension that they are for."""
     kinds = {value.name: value.type.dtype for value in graph.inputs if isinstance(value.type, TensorType)}
-    base = {value.name: value.name for value in graph.inputs if _is_integers(value)}
+    base = {value.name: (value.name, 1) for value in graph.inputs if _is_integers(value)}  # with the size of pages
     found: dict[str, int] = {}
     for node in inline_kernels(graph, {}).nodes:
         given = {base[value.name] for value in node.inputs if value.name in base}
-        positions = [(base[value.name], size) for value, size in _positions(node) if value.name in base]
-        for name, size in positions:
-            found[name] = min(size, found.get(name, size), int(highest(kinds[name])))
-        if node.kind != "fallback" and (aten.is_view(aten.overload(node.op)) or node.op == CAST) and len(given) == 1:
-            base |= dict.fromkeys((value.name for value in node.results), *given)
+        positions = [(*base[value.name], size) for value, size in _positions(node) if value.name in base]
+        for name, page, size in positions:
+            found[name] = min(size * page, found.get(name, size * page), int(highest(kinds[name])))
+        is_same = node.kind != "fallback" and (aten.is_view(aten.overload(node.op)) or node.op == CAST)
+        by = node.arg("other")
+        is_paged = node.op in (PAGE, IN_PAGE) and isinstance(by, int) and by > 0
+        if len(given) == 1 and (is_same or is_paged):
+            ((name, pages),) = given
+            size = pages * by if node.op == PAGE and isinstance(by, int) else pages
+            base |= {value.name: (name, size) for value in node.results if node.op != IN_PAGE}  # it is in range
         elif not all(isinstance(v.type, TensorType) and v.type.dtype == "bool" for v in node.results):
-            for name in given - {name for name, _ in positions}:
-                base = {value: root for value, root in base.items() if root != name}
+            for name in {name for name, _ in given} - {name for name, _, _ in positions}:
+                base = {value: root for value, root in base.items() if root[0] != name}
                 found.pop(name, None)
     return found
 
@@ -102,14 +108,18 @@ def in_order(graph: Graph) -> set[str]:
 
 
 def distinct(graph: Graph) -> dict[str, int | None]:
-    """By the name of an input that is where values are put: the axis along which its elements differ, None: all do. Of
-    several values that are put in one place any may stay, so that two runs of the calls need not agree."""
-    names, found = {value.name for value in graph.inputs}, dict[str, int | None]()
+    """By the name of an input that is where values are put, or of what that is computed from: the axis along which its
+    elements differ, None: all do. Of several values that are put in one place any may stay, so that two runs of the
+    calls need not agree."""
+    roots = {value.name: {value.name} for value in graph.inputs if _is_integers(value)}
+    found: dict[str, int | None] = {}
     for node in inline_kernels(graph, {}).nodes:
         dim = node.arg("dim") if call_of(node) in SCATTERS else None
         for value, _ in _positions(node) if node.kind != "fallback" and replaces(node) else ():
-            if value.name in names:
-                found[value.name] = dim if isinstance(dim, int) else None
+            for name in roots.get(value.name, ()):
+                found[name] = dim if isinstance(dim, int) and name == value.name else None
+        read = set[str]().union(*(roots.get(value.name, ()) for value in node.inputs))
+        roots |= {value.name: read for value in node.results if read and _is_integers(value)}
     return found
 
 

@@ -87,7 +87,8 @@ def horizontal_configs(found: Region) -> Sequence[tuple[LoopConfig, ...]]:
         return [(config,) * len(found.parts) for config in part_configs(found.parts[0])]
     if any(part.reductions for part in found.parts):
         raise Unsupported("reductions beside other loops, in one kernel")
-    return [tuple(loop_configs(part)[which] for part in found.parts) for which in range(2)]
+    each = [loop_configs(part) for part in found.parts]
+    return [tuple(configs[min(which, len(configs) - 1)] for configs in each) for which in range(2)]
 
 
 def horizontal_kernel(found: Region, name: str, configs: Sequence[LoopConfig]) -> Kernel:
