@@ -54,6 +54,7 @@ class CandidateCheck:
     Args:
         node: with numbers for all sizes.
         known: by the name of an operand that is the same whatever the inputs and parameters are: what computes it.
+        tactics: how the expected results are computed; by default, call by call.
         float32: how exact products of float32 have to be.
 
     Raises:
@@ -65,6 +66,7 @@ class CandidateCheck:
         node: Node,
         device: torch.device,
         known: Mapping[str, Graph] = MappingProxyType({}),
+        tactics: Mapping[str, LoadedTactic] | None = None,
         float32: Float32 = EXACT,
     ) -> None:
         assert node.body is not None
@@ -89,7 +91,7 @@ class CandidateCheck:
             with _calls_of(node):
                 self._computes_positions = check_positions(self.graph, device, self._inputs)
                 fill_saved(self.graph, device, self._inputs)
-                calls = compile_graph(self.graph, device)
+                calls = compile_graph(self.graph, device, tactics=tactics)
                 self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
                 break
