@@ -26,7 +26,7 @@ from torch_rtx.ir import Graph, Node, Sym, TensorType, kernel_nodes, typical_siz
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
-from torch_rtx.runtime.candidate_check import CandidateCheck, InputPool
+from torch_rtx.runtime.candidate_check import LESS_EXACT, CandidateCheck, InputPool
 from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.inline import inline_kernels, launched
@@ -201,7 +201,7 @@ class Tuner:
                 check = self.check(bind_node(region.node, sizes))
                 problem = check.problem(check.code({region.node.op: bound(tactic, sizes)}))
                 if problem is not None:
-                    raise KernelError(f"its kernel computes wrong results: {problem}")
+                    raise KernelError(_refused(problem))
             self.use(region, tactic)
         except (RtxError, torch.OutOfMemoryError) as error:
             self.reject(region, error)
@@ -212,8 +212,10 @@ class Tuner:
 
     def reject(self, region: Region, error: Exception) -> None:
         """Record why a candidate is not used."""
-        region.problems.append(str(error).splitlines()[0])
-        log.warning("%s: a tactic is not used: %s", region, region.problems[-1])
+        problem = str(error).splitlines()[0]
+        region.problems.append(problem)
+        level = logging.INFO if problem == LESS_EXACT else logging.WARNING
+        log.log(level, "%s: a tactic is not used: %s", region, problem)
 
     def swap(self) -> None:
         """Replace the variant's code by code with the chosen tactics, unless it is the same."""
@@ -266,6 +268,11 @@ class Tuner:
             one.select()
 
 
+def _refused(problem: str) -> str:
+    """Why a candidate with this problem is not used."""
+    return problem if problem == LESS_EXACT else f"its kernel computes wrong results: {problem}"
+
+
 class Measurements:
     """The measured tactics of one region.
 
@@ -309,7 +316,7 @@ class Measurements:
             code = check.code(inside | {op: tactic})
             problem = check.problem(code)
             if problem is not None:
-                raise KernelError(f"its kernel computes wrong results: {problem}")
+                raise KernelError(_refused(problem))
             if not self.times and tuner.is_native(region):
                 native = tuner.tactics[op]
                 self._time(f"engine {native.kind}", check, check.code(inside | {op: native}))

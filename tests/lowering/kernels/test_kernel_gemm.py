@@ -516,10 +516,7 @@ def test_f32_on_tensor_cores() -> None:
     given = region(body(linear(1024, 1024, 1024), "f32"))
     for level, precision in (("highest", "tf32x3"), ("high", "tf32")):
         arch = replace(arch_of(90), float32=Float32(level))
-        fast, exact, *others = gemm_configs(given, arch)  # the best of both are tried first
-        assert (fast.input_precision, exact.input_precision) == (precision, "ieee")
-        assert fast.block_m * fast.block_n > exact.block_m * exact.block_n
-        assert {config.input_precision for config in others} <= {precision, "ieee"}
+        assert gemm_configs(given, arch)[0].input_precision == precision
         turing = replace(arch_of(75), float32=Float32(level))  # which has no TF32
         assert {config.input_precision for config in gemm_configs(given, turing)} == {"ieee"}
 

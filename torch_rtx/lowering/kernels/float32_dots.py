@@ -61,5 +61,7 @@ def functions(dtype: str, precision: str) -> str:
 
 
 def precisions(arch: Arch, level: str) -> tuple[str, ...]:
-    """How kernels for `arch` may multiply numbers of float32 where HIGHEST or HIGH is asked for."""
-    return (TF32 if level == HIGH else TF32X3, IEEE) if "tf32" in arch.features else (IEEE,)
+    """How kernels for `arch` may multiply numbers of float32 where HIGHEST or HIGH is asked for, the fastest first."""
+    if "tf32" not in arch.features:
+        return (IEEE,)
+    return (TF32, TF32X3, IEEE) if level == HIGH else (TF32X3, IEEE)

@@ -33,6 +33,7 @@ MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile s
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SLICES = (2, 4, 8)  # of K in a tile
+RIVAL = 3  # over the time of the fastest configuration: a slower one is no rival of another precision
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
@@ -66,12 +67,16 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list
                 config = replace(config, input_precision=precision)
             if not config.gemv or precision == IEEE:  # which has no products
                 found.append((us, replace(config, promoted=problem.promoted, block_scaled=block_scaled)))
-    best = [config for _, config in sorted(found, key=lambda one: one[0])]
+    found.sort(key=lambda one: one[0])
+    best, rivals = [config for _, config in found], dict[str, GemmConfig]()
+    for us, config in found:
+        if us <= RIVAL * found[0][0]:
+            rivals.setdefault(config.input_precision, config)
     tiles = [(c.gemv, c.slices, c.stacked, c.block_m, c.width, c.input_precision) for c in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE]
-    # Times of different instructions are the least certain: the best of each precision is among the first to be tried.
-    heads = {config.input_precision: config for config in reversed(kept)}
-    return list(dict.fromkeys([*kept[:1], *heads.values(), *kept]))[:MAX_CONFIGS]
+    # Times of different instructions are the least certain, and where libraries do not use TF32 it can't pass: the best
+    # of each precision comes first.
+    return list(dict.fromkeys((*rivals.values(), *kept)))[:MAX_CONFIGS]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:

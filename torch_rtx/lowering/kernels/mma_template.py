@@ -68,7 +68,7 @@ class MmaWriter(TileWriter):
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         super().__init__(region, contraction, config)
         self.swapped = swaps(contraction)
-        self.functions = float32_dots.functions(self.dtype, config.input_precision)
+        self.functions += float32_dots.functions(self.dtype, config.input_precision)
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
         self.loop_rows = Axis(M, self.config.block_m, self.rows_mask)  # of a tile in the loop
