@@ -27,6 +27,7 @@ from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.key import Key
 from torch_rtx.cache.store import FileStore
 from torch_rtx.errors import CaptureError, Uncacheable
+from torch_rtx.quantization import quantize
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -127,6 +128,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "other numbers": lambda: Function(lambda x, w: ((x * w).sum(), w.bool(), x.shape[0])),
     "the grad mode": lambda: Function(grad_mode),
     "autocast": lambda: Function(autocast),
+    "quantized": lambda: quantize(net(), "int8_dynamic"),
 }
 
 

@@ -159,7 +159,7 @@ def into_part(x: Tensor) -> Tensor:
 
 # By name: the function, how many operands it takes, and the same in PyTorch.
 CASES: dict[str, tuple[Callable[..., Tensor], int, Callable[..., Tensor]]] = {
-    "function": (Product.apply, 2, lambda x, y: x * y),
+    "function": (lambda x, y: Product.apply(x, y), 2, lambda x, y: x * y),
     "direct": (directly, 2, lambda x, y: x + 0.5 * y),
     "triton_op": (lambda x, y: scaled_sum_op(x, y, 0.25), 2, lambda x, y: x + 0.25 * y),
     "autotune": (tuned, 2, lambda x, y: x + y),

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -300,3 +301,18 @@ def test_dynamo_takes_it_whole() -> None:
         run(IDS).square().sum().backward()
         grads.append([parameter.grad.clone() for parameter in ours.parameters()])
     torch.testing.assert_close(*grads)
+
+
+def test_dynamo_keeps_calls_whole(fresh_dynamo: None) -> None:
+    """Nothing of a layer's settings is guarded but their text."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    layer = quantize(nn.Sequential(nn.Linear(8, 8)), "int8_dynamic")
+    torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(2, 8))
+    (gm,) = graphs
+    names = [node.target.__name__ for node in gm.graph.nodes if node.op == "call_function"]
+    assert sorted(names) == ["linear", "quantized_input", "quantized_weight", "smoothed_bias"]

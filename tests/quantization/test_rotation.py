@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import torch_rtx
 from torch_rtx.quantization import quantize, restore
+from torch_rtx.quantization.layers import spec_of
 
 X = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
 VECTOR = torch.rand(128)
@@ -81,7 +82,7 @@ def test_between(name: str, exact: None) -> None:
     model = Two((COMMUTING | OTHER)[name]).eval()
     wanted = model(X)
     quantize(model, "int8_rotated", lambda model: model(X))
-    assert (model.one.rotates_output, model.two.rotates_input) == (
+    assert (spec_of(model.one.spec).rotates_output, spec_of(model.two.spec).rotates_input) == (
         (True, False) if name in COMMUTING else (False, True)
     )
     torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-4)
@@ -109,7 +110,7 @@ def test_blocks(shown: bool, exact: None) -> None:
     model = Block(shown).eval()
     wanted = model(X)
     quantize(model, "int8_rotated", lambda model: model(X))
-    fused = {name for name, layer in model.named_children() if not layer.rotates_input}
+    fused = {name for name, layer in model.named_children() if not spec_of(layer.spec).rotates_input}
     assert fused == ({"o"} if shown else {"o", "up"})
     torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +133,7 @@ def test_all_calls_count(exact: None) -> None:
     """A path that only some calls take."""
     model = Two(lambda x: x.relu() if len(x) == 1 else x).eval()
     quantize(model, "int8_rotated", lambda model: (model(X), model(X[:1])))
-    assert model.two.rotates_input
+    assert spec_of(model.two.spec).rotates_input
 
 
 def test_shared_layers(exact: None) -> None:
@@ -145,8 +146,8 @@ def test_shared_layers(exact: None) -> None:
     model = Shared().eval()
     rules = {"up": "int8_rotated", "down": "int8_rotated", "k": "int8_rotated"}
     quantize(model, rules, lambda model: model(X))
-    assert model.up.rotates_input
-    assert not model.down.rotates_output
+    assert spec_of(model.up.spec).rotates_input
+    assert not spec_of(model.down.spec).rotates_output
 
 
 def test_state_compilation_and_error() -> None:

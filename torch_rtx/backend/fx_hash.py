@@ -44,7 +44,7 @@ MISSING = b"missing"  # stands for the value of a node without meta["val"]
 LITERALS = frozenset((int, float, bool, str, complex, type(None)))
 NAMED = (torch.dtype, torch.layout, torch.memory_format, torch.device)  # their text is their identity
 PURE_NAMESPACES = frozenset(("aten", "prims", "prim"))  # their schemas and tags declare every write and random draw
-PURE_MODULES = frozenset(("_operator", "math", "builtins"))
+PURE_MODULES = frozenset(("_operator", "math", "builtins", "torch_rtx.quantization.layers"))
 # Higher-order operators that depend on their arguments alone. Others read global state of the process.
 HIGHER_ORDER = frozenset(
     ("cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention", "with_effects")
@@ -470,7 +470,7 @@ def _function(target: Any) -> Callee:
         return Callee(target, f"higher-order {target.name()}".encode(), False, True, True, problem)
     name = name_of(target)
     module, _, attribute = name.rpartition(".")
-    known = module.partition(".")[0] in (*PURE_MODULES, "torch")
+    known = module in PURE_MODULES or module.partition(".")[0] == "torch"
     found = known and getattr(_module(module), attribute, None) is target
     unknown = module not in PURE_MODULES and not name.startswith("torch.sym_")
     return Callee(target, name.encode(), False, unknown, unknown, "" if found else f"the Python function {name}")

@@ -22,8 +22,8 @@ def refit(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The new engine; default: ENGINE.")] = None,
 ) -> Report:
     """Write an engine with the weights of a file in it. If any does not fit, nothing is written."""
+    from torch_rtx.runtime.weight_match import match
     from torch_rtx.runtime.weight_sources import tensors_of  # imports torch, which other commands do without
-    from torch_rtx.runtime.weights import match
 
     out = path if out is None else out
     calls.check_folder(out)

@@ -97,7 +97,7 @@ class Observer:
     def _channel_scale(self) -> Tensor:
         assert self.most is not None
         assert self.sums is not None
-        weight = (self.layer.weight.t() if self.layer.weight_is_transposed else self.layer.weight).detach().float()
+        weight = self.layer.float_weight.detach().float()
         return channel_scale(weight, self._rows()[:TRIED], self.sums / self.count, self.most, self.layer.quantization)
 
     def _amax(self, form: Format) -> Tensor:

@@ -3,8 +3,10 @@ dicts, ties, parametrizations, optimizers and refits work as before; what is cal
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -15,17 +17,99 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_rtx.quantization.config import LayerConfig
-from torch_rtx.quantization.formats import amax_of, fake_quantize
+from torch_rtx.quantization.formats import Format, amax_of, fake_quantize
 from torch_rtx.quantization.hadamard import block_of, hadamard, rotated
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a quantized layer computes. The layer has it as text: Dynamo guards one string in each call, and not each
+    field of objects, and the functions below are single calls of its graph.
+
+    Attributes:
+        config: how the layer is quantized.
+        rotates_input, rotates_output: by Hadamard matrices, which are buffers of the layer.
+        transposed: the weight is [in_features, out_features].
+        spatial: axes of an input behind the channels, of a convolution.
+    """
+
+    config: LayerConfig
+    rotates_input: bool
+    rotates_output: bool
+    transposed: bool
+    spatial: int | None
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@cache
+def spec_of(text: str) -> Spec:
+    """The spec that has this text."""
+    fields = json.loads(text)
+    config = fields.pop("config")
+    forms = {name: Format(**config[name]) if config[name] else None for name in ("weight", "input")}
+    return Spec(LayerConfig(**{**config, **forms}), **fields)
+
+
+Buffers = Mapping[str, Tensor]
+
+
+def smoothed_input(x: Tensor, spec: str, buffers: Buffers) -> Tensor:
+    """An input with its rotation and its scales."""
+    if spec_of(spec).rotates_input:
+        x = rotated(x, buffers["hadamard"])
+    return x / buffers["input_scale"].to(x.dtype) if spec_of(spec).config.smooth else x
+
+
+def smoothed_weight(weight: Tensor, spec: str, buffers: Buffers) -> Tensor:
+    """A weight with its rotation and its scales; of a linear layer [out_features, in_features]."""
+    weight = weight.t() if spec_of(spec).transposed else weight
+    if spec_of(spec).config.rotate:
+        weight = rotated(weight, buffers["hadamard"])
+    if spec_of(spec).rotates_output:
+        weight = rotated(weight.t(), buffers["output_hadamard"]).t()
+    return weight * buffers["input_scale"].to(weight.dtype) if spec_of(spec).config.smooth else weight
+
+
+def smoothed_bias(bias: Tensor, spec: str, buffers: Buffers) -> Tensor:
+    """A bias with the rotation of the output."""
+    return rotated(bias, buffers["output_hadamard"]) if spec_of(spec).rotates_output else bias
+
+
+def quantized_input(x: Tensor, spec: str, buffers: Buffers) -> Tensor:
+    """The values that the codes of an input stand for, in its shape and dtype."""
+    form = spec_of(spec).config.input
+    x = smoothed_input(x, spec, buffers)
+    if form is None:
+        return x
+    axes = token_axes(x, form.granularity, spec_of(spec).spatial)
+    return fake_quantize(x, amax_of(x, form, axes) if form.dynamic else buffers["input_amax"], form)
+
+
+def quantized_weight(weight: Tensor, spec: str, buffers: Buffers) -> Tensor:
+    """The values that the codes of a weight stand for."""
+    weight, form = smoothed_weight(weight, spec, buffers), spec_of(spec).config.weight
+    amax = amax_of(weight, form, weight_axes(weight, form.granularity))
+    if form.calibration == "mse":
+        amax = amax * buffers["weight_clip"].to(amax.dtype)
+    return fake_quantize(weight, amax, form)
+
+
+@cache
+def _keep_whole() -> None:
+    """Let Dynamo keep calls of these functions as they are: AOTAutograd traces them, without guards."""
+    for function in (smoothed_bias, quantized_input, quantized_weight):
+        torch.compiler.allow_in_graph(function)
 
 
 class QuantizedLayer(nn.Module):
     """What quantized layers have besides their original class.
 
     Attributes:
-        quantization: how the layer is quantized.
+        spec: the text of a `Spec`.
         input_amax: a buffer, f32[]: the magnitude that codes of a static input reach.
         weight_clip: a buffer, f32: what part of the largest magnitude the codes of weights reach.
         input_rotation, output_rotation: buffers, i64[]: in blocks of how many channels the input comes rotated by an
@@ -33,53 +117,37 @@ class QuantizedLayer(nn.Module):
         input_scale: a buffer, f32[in_features]: what the input is divided and the weight multiplied by.
     """
 
-    quantization: LayerConfig
+    spec: str
     original_class: type[nn.Module]
-    weight_is_transposed: bool
     weight: Tensor
     bias: Tensor | None
-    rotates_input: bool
-    rotates_output: bool
-    hadamard: Tensor
-    output_hadamard: Tensor
     input_amax: Tensor
-    weight_clip: Tensor
-    input_scale: Tensor
+
+    @property
+    def quantization(self) -> LayerConfig:
+        """How the layer is quantized."""
+        return spec_of(self.spec).config
+
+    @property
+    def float_weight(self) -> Tensor:
+        """The weight, of a linear layer [out_features, in_features]."""
+        return self.weight.t() if spec_of(self.spec).transposed else self.weight
 
     def smoothed_input(self, x: Tensor) -> Tensor:
         """The input with its rotation and its scales."""
-        if self.rotates_input:
-            x = rotated(x, self.hadamard)
-        return x / self.input_scale.to(x.dtype) if self.quantization.smooth else x
+        return smoothed_input(x, self.spec, self._buffers)  # type: ignore[arg-type]
 
     def smoothed_weight(self) -> Tensor:
         """The weight with its rotation and its scales; of a linear layer [out_features, in_features]."""
-        weight = self.weight.t() if self.weight_is_transposed else self.weight
-        if self.quantization.rotate:
-            weight = rotated(weight, self.hadamard)
-        if self.rotates_output:
-            weight = rotated(weight.t(), self.output_hadamard).t()
-        return weight * self.input_scale.to(weight.dtype) if self.quantization.smooth else weight
-
-    def smoothed_bias(self) -> Tensor | None:
-        """The bias with the rotation of the output."""
-        return rotated(self.bias, self.output_hadamard) if self.rotates_output and self.bias is not None else self.bias
+        return smoothed_weight(self.weight, self.spec, self._buffers)  # type: ignore[arg-type]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The values that the codes of the input stand for, in its shape and dtype."""
-        x, form = self.smoothed_input(x), self.quantization.input
-        if form is None:
-            return x
-        amax = amax_of(x, form, token_axes(self, x, form.granularity)) if form.dynamic else self.input_amax
-        return fake_quantize(x, amax, form)
+        return quantized_input(x, self.spec, dict(self._buffers))  # type: ignore[arg-type]
 
     def quantized_weight(self) -> Tensor:
         """The values that the codes of the weight stand for."""
-        weight, form = self.smoothed_weight(), self.quantization.weight
-        amax = amax_of(weight, form, weight_axes(weight, form.granularity))
-        if form.calibration == "mse":
-            amax = amax * self.weight_clip.to(amax.dtype)
-        return fake_quantize(weight, amax, form)
+        return quantized_weight(self.weight, self.spec, dict(self._buffers))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """The original arguments and the quantization."""
@@ -96,13 +164,11 @@ class QuantizedLayer(nn.Module):
         return _new, (self.original_class,), self.__getstate__()
 
 
-def token_axes(layer: nn.Module, x: Tensor, granularity: str) -> tuple[int, ...]:
+def token_axes(x: Tensor, granularity: str, spatial: int | None) -> tuple[int, ...]:
     """The axes of an input that share a scale: of a token the last one, of a sample all but the batch."""
     if granularity != "token":
         return tuple(range(x.dim()))
-    if isinstance(layer, CONVOLUTIONS):
-        return tuple(range(x.dim() - len(layer.kernel_size) - 1, x.dim()))
-    return (-1,)
+    return (-1,) if spatial is None else tuple(range(x.dim() - spatial - 1, x.dim()))
 
 
 def weight_axes(weight: Tensor, granularity: str) -> tuple[int, ...]:
@@ -111,7 +177,8 @@ def weight_axes(weight: Tensor, granularity: str) -> tuple[int, ...]:
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
-    return F.linear(self.quantized_input(x), self.quantized_weight(), self.smoothed_bias())
+    bias = None if self.bias is None else smoothed_bias(self.bias, self.spec, dict(self._buffers))
+    return F.linear(self.quantized_input(x), self.quantized_weight(), bias)
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
@@ -158,7 +225,6 @@ def _quantized_class(base: Any) -> Any:
         "__module__": __name__,
         "__doc__": f"A quantized {base.__name__}.",
         "original_class": base,
-        "weight_is_transposed": _is_transposed(base),
     }
     return type(f"Quantized{base.__name__}", (base, QuantizedLayer), body)
 
@@ -170,6 +236,7 @@ def _is_transposed(cls: type) -> bool:
 
 def _new(base: type) -> nn.Module:
     """An empty quantized layer, for copies and pickles."""
+    _keep_whole()
     cls = _quantized_class(base)
     layer: nn.Module = cls.__new__(cls)
     return layer
@@ -177,12 +244,13 @@ def _new(base: type) -> nn.Module:
 
 def convert(layer: nn.Module, config: LayerConfig, buffers: dict[str, Tensor]) -> None:
     """Make a layer a quantized one, in place."""
-    layer.quantization = config  # type: ignore[assignment]
+    _keep_whole()
     for name, value in buffers.items():
         layer.register_buffer(name, value)
     fused, device = buffers.get("input_rotation"), weight_of(layer).device
-    layer.rotates_input = config.rotate and fused is None  # type: ignore[assignment]
-    layer.rotates_output = "output_rotation" in buffers  # type: ignore[assignment]
+    axes = len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else None
+    rotations = config.rotate and fused is None, "output_rotation" in buffers
+    layer.spec = str(Spec(config, *rotations, _is_transposed(type(layer)), axes))  # type: ignore[assignment]
     if config.rotate:
         matrix = hadamard(block_of(in_features(layer)) if fused is None else int(fused), device)
         layer.register_buffer("hadamard", matrix, persistent=False)

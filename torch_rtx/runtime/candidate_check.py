@@ -50,12 +50,19 @@ class CandidateCheck:
     Args:
         node: with numbers for all sizes.
         known: by the name of an operand that is the same whatever the inputs and parameters are: what computes it.
+        tactics: how the expected results are computed; by default, call by call.
 
     Raises:
         RtxError: inputs and results need too much memory, or the calls of the node's body fail.
     """
 
-    def __init__(self, node: Node, device: torch.device, known: Mapping[str, Graph] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        node: Node,
+        device: torch.device,
+        known: Mapping[str, Graph] = MappingProxyType({}),
+        tactics: Mapping[str, LoadedTactic] | None = None,
+    ) -> None:
         assert node.body is not None
         self.device = device
         values = tuple({value.name: value for value in node.inputs}.values())
@@ -78,7 +85,7 @@ class CandidateCheck:
             with _calls_of(node):
                 self._computes_positions = check_positions(self.graph, device, self._inputs)
                 fill_saved(self.graph, device, self._inputs)
-                calls = compile_graph(self.graph, device)
+                calls = compile_graph(self.graph, device, tactics=tactics)
                 self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
                 break

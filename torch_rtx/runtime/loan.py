@@ -6,7 +6,7 @@ the same parameters, the second one borrows what the first one computed, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -76,13 +76,18 @@ class Loan:
 
 
 def _origin(weight: Weight) -> object:
-    """Equal for weights of one value: what it is made of, and how, whatever names the values on the way have."""
+    """Equal for weights of one value: what it is made of, and how."""
+    return weight.names, made_by(weight)
+
+
+def made_by(weight: Weight) -> Hashable:
+    """Equal for weights that are made of their parameters the same way, whatever values on the way are called."""
     if weight.recipe is None:
-        return weight.names, weight.value.type
+        return weight.value.type
     numbers = {value.name: str(number) for number, value in enumerate(weight.recipe.values())}
 
     def numbered(value: Value) -> Value:
         return Value(numbers[value.name], value.type)
 
     calls = [(node.op, node.body, node.map_inputs(numbered), len(node.outputs)) for node in weight.recipe.nodes]
-    return weight.names, weight.value.type, tuple(calls), attr_map(weight.recipe.outputs, numbered)
+    return weight.value.type, tuple(calls), attr_map(weight.recipe.outputs, numbered)

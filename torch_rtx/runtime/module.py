@@ -45,8 +45,9 @@ from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.runtime.subclasses import plain_tensors
 from torch_rtx.runtime.tuning_context import tactics_and_context
+from torch_rtx.runtime.weight_match import match
 from torch_rtx.runtime.weight_sources import WeightSource, is_onnx, tensors_of
-from torch_rtx.runtime.weights import WeightStore, match
+from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings, settings_of
 from torch_rtx.tactics import KernelTable
 

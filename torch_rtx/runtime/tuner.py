@@ -110,10 +110,10 @@ class Tuner:
         """What all timed runs read; the tuner, and so this memory, lives as long as one step."""
         return InputPool(self.of.device)
 
-    def check(self, node: Node) -> CandidateCheck:
-        """A check of tactics of a kernel node, which has numbers for all sizes."""
+    def check(self, node: Node, tactics: Mapping[str, LoadedTactic] | None = None) -> CandidateCheck:
+        """A check of tactics of a kernel node, which has numbers for all sizes; `tactics`: see `CandidateCheck`."""
         constants = {one.value.name: one.recipe for one in self.graph.weights if one.recipe and not one.names}
-        return CandidateCheck(node, self.of.device, constants)
+        return CandidateCheck(node, self.of.device, constants, tactics)
 
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
@@ -319,11 +319,12 @@ class Measurements:
             tuner.reject(region, error)
 
     def add_loaded(self, name: str, tactic: LoadedTactic) -> None:
-        """Check and time a tactic of the engine."""
+        """Time a tactic of the engine. It is its own check: a file may have no calls of a kernel that others wrote."""
         tuner, region = self.tuner, self.region
+        own = {region.node.op: tactic}
         try:
-            check = tuner.check(region.node)
-            code = check.code({region.node.op: tactic})
+            check = tuner.check(region.node, own)
+            code = check.code(own)
             self._time(name, check, code)
             self.loaded[name] = tactic, len(self.loaded)
         except (RtxError, torch.OutOfMemoryError) as error:

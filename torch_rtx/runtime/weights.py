@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from time import perf_counter
@@ -26,15 +26,16 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
-from torch_rtx.ir import Graph, Parameter, TensorType, Weight
+from torch_rtx.ir import Graph, Weight
 from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import compile_graph, undisturbed
 from torch_rtx.runtime.gate import Gate
-from torch_rtx.runtime.loan import Loan
+from torch_rtx.runtime.leases import Leases
+from torch_rtx.runtime.loan import Loan, made_by
 from torch_rtx.runtime.streaming import Streamer
 from torch_rtx.runtime.strided import overwrite, restride
-from torch_rtx.runtime.subclasses import outer_name
 from torch_rtx.runtime.watch import Watch, captures, same_bits
+from torch_rtx.runtime.weight_match import check, match
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
@@ -99,6 +100,7 @@ class WeightStore:
         self._recipes = [
             None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
         ]
+        self._made_by = {index: made_by(weight) for index, weight in self.lendable() if weight.recipe is not None}
         # Per weight: it depends on a parameter that is no constant.
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
         for index in self._hosts:
@@ -139,11 +141,12 @@ class WeightStore:
         with self._lock, self._writing():
             for index in self._loan.places:
                 self.values[index], self._owned[index] = self._loan.value(index), False
+                self._leases.end(index)
             self.generation += bool(self._loan.places)
             self._follow()
 
     def _detach(self) -> None:
-        self._loan = Loan()
+        self._loan, self._leases = Loan(), Leases()
         self._owned = [index in self._hosts for index in range(len(self.weights))]
         self.gate, self.writes = Gate(self.device), 0
         self._lock = threading.RLock()  # one write at a time
@@ -193,16 +196,34 @@ class WeightStore:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         with self._lock:
-            made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
+            leases = Leases()
+            made = {i: self._leased(i, sources, leases) for i, variable in enumerate(self._variable) if variable}
             self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
-                    self._store(index, fresh, own and index not in self._loan.places)
-                self.ready, self._unloaded = True, None
+                    self._store(index, fresh, own and index not in self._loan.places, index in leases)
+                    key = self._lease_key(index, sources) if self._owned[index] and index not in leases else None
+                    if key is not None:
+                        leases.offer(index, key, self.values[index])
+                self.ready, self._unloaded, self._leases = True, None, leases
             self._follow()
+
+    def _leased(self, index: int, sources: Tensors, leases: Leases) -> torch.Tensor:
+        """The weight computed from `sources`, in memory that another store has for it, if there is any."""
+        fresh, key = self._make(index, sources), self._lease_key(index, sources)
+        found = None if key is None else leases.find(index, key, fresh)
+        return fresh if found is None else found
+
+    def _lease_key(self, index: int, sources: Tensors) -> Hashable | None:
+        """See `Leases.find`; None: the weight's memory is for this store alone."""
+        if index not in self._made_by or index in self._hosts or index in self._loan.places:
+            return None
+        given = [sources[name] for name in self.weights[index].names]
+        memory = tuple((t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in given)
+        return self.device, self._made_by[index], memory
 
     def _follow(self) -> None:
         """Watch the tensors that owned weights are computed from."""
@@ -236,6 +257,7 @@ class WeightStore:
             for index, place in enumerate(moved):
                 if place is not None:
                     self.values[index], self._owned[index] = place
+                    self._leases.end(index)
             self.generation += 1
             self._follow()
             yield
@@ -394,7 +416,7 @@ class WeightStore:
                         # Memory that is freed may be used at once, on any stream. This one is behind all calls.
                         torch.cuda.current_stream(self.device).synchronize()
                     self._forget()
-                    self._unloaded, self.ready = kept, False
+                    self._unloaded, self.ready, self._leases = kept, False, Leases()
                     for index, variable in enumerate(self._variable):
                         if variable and index not in self._hosts:
                             self.values[index], self._owned[index] = torch.empty(0), False
@@ -471,13 +493,14 @@ class WeightStore:
                 made = {i: self._make(i, sources, host=True) for i, v in enumerate(self._variable) if v and sources}
                 yield {**dict(enumerate(self.values)), **values, **made}
 
-    def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
-        """Set the weight's value; in place if the store owns both the old and the new storage."""
-        if owned and self._owned[index]:
+    def _store(self, index: int, value: torch.Tensor, owned: bool, leased: bool = False) -> None:
+        """Set the weight's value; in place if the store owns both the old and the new storage, alone."""
+        if owned and self._owned[index] and not leased and self._leases.alone(index):
             overwrite(self.values[index], value)
         else:
             self.values[index], self._owned[index] = value, owned
             self.generation += 1
+        self._leases.end(index)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -527,70 +550,3 @@ class WeightStore:
 def _in_host_memory(value: torch.Tensor) -> torch.Tensor:
     """`value` in host memory, with its strides."""
     return restride(value.to(_HOST), value.stride())
-
-
-def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
-    """The tensor of each parameter, in order. Indices and masks that no parameter has are ignored: nobody learns them.
-
-    Args:
-        unused: names to ignore in `sources`; None: ignore all that no parameter has.
-
-    Raises:
-        RefitError: lists all names that are missing, are unexpected or do not fit.
-    """
-    found, missing, mismatched = [], [], {}
-    for parameter in parameters:
-        given = [name for name in (parameter.name, *parameter.aliases) if name in sources]
-        whole = outer_name(parameter.name)
-        if not given and whole != parameter.name and whole in sources:
-            mismatched[whole] = (
-                "is not quantized as in the engine: quantize it with the tool that the model was built with"
-            )
-            continue
-        if not given:
-            missing.append(parameter.name)
-            continue
-        tensor = sources[given[0]]
-        problem = _problem(tensor, parameter.type)
-        for other in given[1:]:
-            if problem is None and not _same(tensor, sources[other]):
-                problem = f"is tied to {other}, which has other values"
-        if problem is not None:
-            mismatched[given[0]] = problem
-        found.append(tensor)
-    known = {*mismatched, *(unused or ()), *(name for p in parameters for name in (p.name, *p.aliases))}
-    unlearnt = torch.int64, torch.bool
-    unexpected = tuple(n for n in sources if n not in known and getattr(sources[n], "dtype", None) not in unlearnt)
-    if missing or mismatched or (unexpected and unused is not None):
-        raise RefitError(tuple(missing), unexpected, mismatched)
-    return found
-
-
-def check(parameters: Sequence[Parameter], tensors: Sequence[torch.Tensor]) -> None:
-    """Check each tensor against its parameter.
-
-    Raises:
-        RefitError: lists all that do not fit.
-    """
-    problems = {p.name: _problem(tensor, p.type) for p, tensor in zip(parameters, tensors, strict=True)}
-    mismatched = {name: problem for name, problem in problems.items() if problem is not None}
-    if mismatched:
-        raise RefitError((), (), mismatched)
-
-
-def _problem(tensor: object, type_: TensorType) -> str | None:
-    if not isinstance(tensor, torch.Tensor):
-        return f"expected a tensor, got {type(tensor).__name__}"
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"expected a dense tensor, got a {'nested' if tensor.is_nested else tensor.layout} one"
-    if tuple(tensor.shape) != type_.shape:
-        return f"expected shape {list(type_.shape)}, got {list(tensor.shape)}"
-    if tensor.dtype != aten.DTYPES[type_.dtype]:
-        return f"expected dtype {aten.DTYPES[type_.dtype]}, got {tensor.dtype}"
-    return "is on the meta device and has no values" if tensor.is_meta else None
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
-        return True
-    return a.shape == b.shape and a.dtype == b.dtype and same_bits(aligned(a), aligned(b.to(a.device)))
