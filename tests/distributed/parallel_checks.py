@@ -89,9 +89,9 @@ def tp_mesh() -> DeviceMesh:
     return init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
-def inference(vocabulary: bool, sequence: bool) -> int:
-    """Check a divided model against the whole one, for sizes that one graph takes; returns how many collectives are
-    in it."""
+def inference(vocabulary: bool, sequence: bool) -> tuple[int, int]:
+    """Check a divided model against the whole one, for several sizes; returns how many collectives are in the graph,
+    and how many graphs there are."""
     whole = Model().to(device())
     with torch.no_grad(), watched_calls() as calls:
         model = divided(copy.deepcopy(whole), tp_mesh(), vocabulary, sequence)
@@ -100,9 +100,8 @@ def inference(vocabulary: bool, sequence: bool) -> int:
             tokens = torch.randint(0, 20, (batch, length), device=device())
             torch.testing.assert_close(compiled(tokens), whole(tokens), **CLOSE)
     session, _ = calls[0]
-    assert {one.specializer for one, _ in calls} == {session.specializer}
     assert not [node for node in session.graph.nodes if node.kind == "fallback"]
-    return sum(map(is_collective, session.graph.nodes))
+    return sum(map(is_collective, session.graph.nodes)), len({one.specializer for one, _ in calls})
 
 
 def training(sequence: bool) -> list[str]:

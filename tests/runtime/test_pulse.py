@@ -74,8 +74,8 @@ def test_calls_after_a_rank_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     together = Together(parse(text), torch.device("cpu"))
     found = SimpleNamespace(gone=None)
     monkeypatch.setattr("torch_rtx.runtime.together._meet", lambda *_: found)
-    with together.call():
+    with together:
         pass
     found.gone = "rank 1"
-    with pytest.raises(RanksError, match="rank 1 of the group 'tp' is gone"), together.call():
+    with pytest.raises(RanksError, match="rank 1 of the group 'tp' is gone"), together:
         raise AssertionError("the call began")

@@ -8,6 +8,7 @@ calls raise a RanksError from then on; a process whose GPU does not come to an e
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -102,6 +103,14 @@ def watch(group: Any, device: torch.device) -> Pulse | None:
             _PULSES[group] = Pulse(torch.distributed.PrefixStore(group.group_name, store), *given)
             _PULSES[group].start()
         return _PULSES[group]
+
+
+@atexit.register
+def _stop() -> None:
+    """Let no thread be within a call of the store when Python ends."""
+    for pulse in _PULSES.values():
+        pulse.stopped.set()
+        pulse.join(1.0)
 
 
 def _timeout_of(group: Any, device: torch.device) -> float:

@@ -47,6 +47,7 @@ _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
 # What `runtime_settings` changes in this context.
 _CHANGES: ContextVar[Callable[[RuntimeSettings], RuntimeSettings] | None] = ContextVar("torch_rtx", default=None)
+_ALONE = nullcontext()
 PER_CALL = ("specialization_strategy", "cuda_graph_strategy")
 
 
@@ -278,7 +279,7 @@ class Session:
         self, key: object, of: Specializer, variant: Variant, inputs: Sequence[Any], settings: RuntimeSettings
     ) -> list[Any]:
         """Run the call with the weights as they are."""
-        with self.store.gate, nullcontext() if self._together is None else self._together.call():
+        with self.store.gate, _ALONE if self._together is None else self._together:
             if not self.store.ready:
                 self.store.check_ready()
             if of is not self.specializer:  # the weights have moved since: `variant` expects them where they were

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -50,30 +49,26 @@ SUM = "all_reduce sum"
 
 
 class Together:
-    """The collectives of a graph, by their process groups."""
+    """The collectives of a graph, by their process groups: a context for each of its calls.
+
+    Raises:
+        RanksError: the other ranks have other collectives, or one of them has ended.
+    """
 
     def __init__(self, graph: Graph, device: torch.device) -> None:
         self._device = device
         self._calls = {name: [_text(node) for node in nodes] for name, nodes in groups_of(graph).items()}
         self._pulses: dict[str, Pulse | None] | None = None  # by group; None: it has not met the others
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around each call of the graph.
-
-        Raises:
-            RanksError: the other ranks have other collectives, or one of them has ended.
-        """
+    def __enter__(self) -> None:
         if self._pulses is None:
             self._pulses = {name: _meet(name, calls, self._device) for name, calls in self._calls.items()}
         for name, pulse in self._pulses.items():
             if pulse is not None and pulse.gone is not None:
                 raise RanksError(f"{pulse.gone} of the group {name!r} is gone")
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, RtxError) or not _is_of_backend(error):
-                raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, RtxError) and _is_of_backend(error):
             names = " and ".join(map(repr, self._calls))
             hint = "look for the first error of the other ranks: one has ended, or did not come to the same call"
             raise RanksError(f"a collective of the group {names} failed: {error}", hint=hint) from error
