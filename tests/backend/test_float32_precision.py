@@ -47,17 +47,18 @@ NONE = Artefacts.at(None, None)
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     """PyTorch's settings as they were."""
-    products = torch.get_float32_matmul_precision()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        yield
-    torch.set_float32_matmul_precision(products)
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    for backend, precision in zip(backends, before, strict=True):
+        backend.fp32_precision = precision
 
 
 def test_pytorch_decides_unless_the_option_does() -> None:
     settings = CompilationSettings()
     assert float32_of(settings) == Float32(HIGHEST, HIGH)  # PyTorch's defaults
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # as of `torch.set_float32_matmul_precision("high")`
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     assert float32_of(settings) == Float32(HIGH, HIGHEST)
     for level in (HIGHEST, HIGH):
         assert float32_of(replace(settings, float32_precision=level)) == Float32(level, level)
