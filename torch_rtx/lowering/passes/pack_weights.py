@@ -190,7 +190,10 @@ class _Packer:
     def _in_words(self, operand: _Operand, codes: Value, bits: int, low: int) -> Plans | None:
         """The plan for integers from `low` on; None if K has no whole number of runs, or if they lie in another
         order."""
-        packings = (Packing(bits, run) for run in RUNS)
+        # The shorter a run, the longer are the ranges of K that a step reads of the other operand; the tile of a step
+        # has several runs only where the values of all of them have one scale.
+        is_single = bits == SIZES[1] and next(operand.shared(), None) is None
+        packings = (Packing(bits, run) for run in (RUNS[::-1] if is_single else RUNS))
         packing = next((one for one in packings if operand.depth % one.depth == 0), None)
         dense = None if packing is None else operand.is_dense(codes)
         if packing is None or dense is None:
