@@ -129,7 +129,7 @@ def test_a_newer_format_that_this_reader_understands(tmp_path: Path) -> None:
 
 
 MODEL = {"frame": None, "structure": "", "weights": [None], "initializers": [0], "numbers": [""]}
-OPTIONAL = ("groups", "model", "shards")
+OPTIONAL = ("float32", "groups", "model", "shards")
 NAMES: list[Any] = [{name: 1} for name in ("", "_run", "__class__", "a b", "1")]  # that no engine has of its model
 FIELDS = [field.name for field in fields(Manifest)]
 WRONG: dict[str, list[Any]] = {
@@ -137,6 +137,7 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("device", "platform"), [None, 1, ["cpu"]]),
     **dict.fromkeys(("producer", "digests"), [None, "x", [["a", "b"]], {"a": 1}, {"a": None}]),
     **dict.fromkeys(("inputs", "unused_names"), [None, "x", {"a": "b"}, [1], [["a"]]]),
+    "float32": [None, "high", ["high"], ["high", "low"], {"product": 1}],
     "stripped": [None, 0, "false"],
     "products": [None, [], {"a": None}, {"a": {"axis": 2, "bias": None}}, {"a": {"axis": 0, "module": 1}}],
     "onnx": [1, {}, *({**MODEL, name: wrong} for name in MODEL for wrong in (1, [1.5]))],
@@ -151,7 +152,8 @@ WRONG: dict[str, list[Any]] = {
 def test_manifest_fields(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.rtx"
     if name in OPTIONAL:
-        assert getattr(load(forge(path, lambda p: p["manifest"].pop(name))).manifest, name) == {}
+        found = load(forge(path, lambda p: p["manifest"].pop(name))).manifest
+        assert getattr(found, name) == getattr(Manifest("cpu"), name)
     elif name != "digests":
         with pytest.raises(EngineFormatError, match=f"has no field '{name}'"):
             load(forge(path, lambda p: p["manifest"].pop(name)))

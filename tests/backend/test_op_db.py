@@ -304,7 +304,7 @@ def test_list_names_operators_that_exist():
 
 def test_allowed_operators_exist_and_are_functional_but_for_writes():
     found = {name: aten.overload(name) for name in aten.ALLOWED if name not in CHANGING or aten.exists(name)}
-    assert {name for name, op in found.items() if op._schema.is_mutable} == {COPY, REDUCE_IN_PLACE} | UPDATES
+    assert {name for name, op in found.items() if op._schema.is_mutable} == {COPY, REDUCE_IN_PLACE, *UPDATES}
 
 
 def test_generated_code_passes_arguments_called_like_keywords_by_position():

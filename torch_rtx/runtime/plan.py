@@ -286,7 +286,8 @@ def neighbours(buffers: Iterable[Buffer]) -> dict[str, list[Buffer]]:
 def best_packing(
     buffers: Sequence[Buffer], sizes: Mapping[str, int], together: Mapping[str, Sequence[Buffer]]
 ) -> dict[str, int]:
-    """By name, the offset of each buffer in the smallest packing found."""
+    """By name, the offset of each buffer in the smallest packing found. Of equal ones, one in which what lives to the
+    end lies below all else: a backward finds the memory that the forward has left in one piece."""
     least = most_alive((buffer, sizes[buffer.name]) for buffer in buffers)
     order = sorted(buffers, key=lambda buffer: (buffer.first, -sizes[buffer.name]))
     best: dict[str, int] = {}
@@ -301,7 +302,9 @@ def best_packing(
         if height == least:
             break
         order.insert(0, order.pop(ends.index(total)))
-    return best
+    end = max((buffer.last for buffer in buffers), default=0)
+    places = _packing(sorted(buffers, key=lambda b: (b.last < end, b.first, -sizes[b.name])), sizes, together)
+    return places if max((places[b.name] + sizes[b.name] for b in buffers), default=0) <= height else best
 
 
 def _packing(
