@@ -290,9 +290,10 @@ def test_a_kernel_before_a_call_reads_its_operands_and_writes_its_result_once() 
     found = region(node.body)
     assert found.anchor is not None
     wide = next(value for value in found.anchor.inputs if type_of(value).shape == (64, 128))
-    read = [value for value in node.body.inputs if type_of(value).shape in ((64, 128), (64, 1))]
+    codes, scales = node.body.inputs[:2]
+    assert [type_of(value).shape for value in (codes, scales)] == [(64, 32), (64, 1)]  # four codes in a word
+    read = (codes, scales)
     moved = sum(bytes_of(type_of(value)) for value in (*read, wide))
-    assert len(read) == 2
     assert prologue_us(found, arch) == pytest.approx(arch.chip.launch + moved / (arch.chip.memory * 1e3))
 
 
