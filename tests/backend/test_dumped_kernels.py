@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 import torch_rtx
+from tests.doubles.fake_tuning import install_gpu
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
@@ -207,12 +207,7 @@ def test_the_folders_reach_the_compile_worker(tmp_path: Path, monkeypatch: pytes
     options = {"dump_dir": str(tmp_path), "override_dir": str(tmp_path)}
     module = torch_rtx.compile(Model(), (torch.ones(64),), settings=CompilationSettings(**options))
     compiler = Compiler()
-    monkeypatch.setattr(tuning_context, "COMPILE_CLIENT", SimpleNamespace(build=compiler.build, stop=None))
-    monkeypatch.setattr(tuning_context, "BACKGROUND", SimpleNamespace(on_stop=lambda stop: None))
-    monkeypatch.setattr(tuning_context.driver_api, "driver", object)
-    monkeypatch.setattr(tuning_context, "gpu_of", lambda driver, index: SimpleNamespace(sm=89))
-    monkeypatch.setattr(tuning_context, "timer", lambda device: None)
-    monkeypatch.setattr(tuning_context, "known_chip", lambda sm, device: None)
+    install_gpu(monkeypatch, compiler.build)
     device, settings = torch.device("cuda", 0), module.session.settings
     _, context = tuning_context.tactics_and_context(KernelTable(), BODY, device, settings)
     assert context is not None

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import torch_rtx
+from tests.doubles.fake_tuning import install_gpu
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.backend.compiler import float32_of
 from torch_rtx.chips import Chip
@@ -142,12 +142,7 @@ def test_the_compile_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_file, "tactics_and_context", lambda *args: given.append(args) or ({}, None))
     torch_rtx.compile(nn.ReLU(), (torch.ones(2),), float32_precision=HIGH)
     table, graph, _, settings, float32 = given[0]
-    monkeypatch.setattr(tuning_context, "COMPILE_CLIENT", SimpleNamespace(build=compiler.build, stop=None))
-    monkeypatch.setattr(tuning_context, "BACKGROUND", SimpleNamespace(on_stop=lambda stop: None))
-    monkeypatch.setattr(tuning_context.driver_api, "driver", object)
-    monkeypatch.setattr(tuning_context, "gpu_of", lambda driver, index: SimpleNamespace(sm=89))
-    monkeypatch.setattr(tuning_context, "timer", lambda device: None)
-    monkeypatch.setattr(tuning_context, "known_chip", lambda sm, device: None)
+    install_gpu(monkeypatch, compiler.build)
     settings = replace(settings, runtime_cache="off")
     _, context = tuning_context.tactics_and_context(table, graph, torch.device("cuda", 0), settings, float32)
     assert context is not None
