@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.helpers.caching import Traffic
 from tests.helpers.compiled import Recorder, check, compile_rtx, same
 from tests.paths import ROOT
 from torch_rtx import CompilationSettings, SettingsError
-from torch_rtx.backend import entry, fx_hash, program_cache
+from torch_rtx.backend import capture, entry, fx_hash, program_cache
 from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.errors import PartitionError
 
@@ -149,6 +150,25 @@ def test_threads_build_once(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -
         thread.join()
     assert len(built) == 1
     assert traffic.counts == (3, 1)
+
+
+def test_the_export_of_another_thread_changes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch switches mkldnn and cuDNN off for the process while it decomposes a program."""
+    model, before, exporting = torch.export.export(nn.ReLU(), (X,)), fx_hash.torch_state(), threading.Event()
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            exporting.set()
+            time.sleep(0.1)
+        return decompose(*args, **kwargs)
+
+    decompose = capture._decompose_exported_program
+    monkeypatch.setattr(capture, "_decompose_exported_program", waiting)
+    thread = threading.Thread(target=torch_rtx.compile, args=(model,))
+    thread.start()
+    exporting.wait()
+    assert fx_hash.torch_state() == before
+    thread.join()
 
 
 STEPS = """

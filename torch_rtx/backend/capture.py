@@ -373,7 +373,10 @@ def _is_for_gpu(program: torch.export.ExportedProgram) -> bool:
 @contextlib.contextmanager
 def _mending(constants: dict[str, Any]) -> Iterator[None]:
     """Mend PyTorch's decomposition of programs: it expects inner tensors of class Tensor, which FakeTensors are not,
-    and forgets the constants that decompositions make. `constants` gets them."""
+    and forgets the constants that decompositions make. `constants` gets them.
+
+    What it changes all threads see, as they see the flags that PyTorch changes meanwhile: one thread at a time is here.
+    """
 
     def right_inverse(self: Any, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.like = (tensor,)  # in a tuple, since it is no parameter of `self`
@@ -389,13 +392,14 @@ def _mending(constants: dict[str, Any]) -> Iterator[None]:
 
     kind: Any = UnwrapTensorSubclass
     passes: Any = lift_constants_pass
-    before = kind.right_inverse, kind.forward, passes.lift_constants_pass
-    kind.right_inverse, kind.forward = right_inverse, forward
-    passes.lift_constants_pass = lift
-    try:
-        yield
-    finally:
-        kind.right_inverse, kind.forward, passes.lift_constants_pass = before
+    with compile_lock:
+        before = kind.right_inverse, kind.forward, passes.lift_constants_pass
+        kind.right_inverse, kind.forward = right_inverse, forward
+        passes.lift_constants_pass = lift
+        try:
+            yield
+        finally:
+            kind.right_inverse, kind.forward, passes.lift_constants_pass = before
 
 
 def _on_device(program: torch.export.ExportedProgram, device: torch.device | None) -> torch.export.ExportedProgram:

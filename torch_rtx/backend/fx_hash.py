@@ -26,6 +26,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_rtx.backend.compiler import named_targets
@@ -495,9 +496,10 @@ def name_of(target: Any) -> str:
 
 def torch_state() -> dict[str, object]:
     """PyTorch's global settings on which a capture, its lowering or the engine's library calls may depend."""
-    found: dict[str, object] = {name.removeprefix("_get_"): getattr(torch._C, name)() for name in FLAGS}
-    for backend, op in PRECISIONS:
-        found[f"fp32_precision {backend} {op}"] = torch._C._get_fp32_precision_getter(backend, op)
+    with compile_lock:  # an export of another thread sets some of these to other values while it runs
+        found: dict[str, object] = {name.removeprefix("_get_"): getattr(torch._C, name)() for name in FLAGS}
+        for backend, op in PRECISIONS:
+            found[f"fp32_precision {backend} {op}"] = torch._C._get_fp32_precision_getter(backend, op)
     for device in ("cpu", "cuda"):
         enabled = torch.is_autocast_enabled(device)
         found[f"autocast {device}"] = str(torch.get_autocast_dtype(device)) if enabled else "off"
