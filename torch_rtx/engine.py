@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 CHUNK = 1 << 20  # bytes that are read and digested at once, while they are in the processor's cache
 ZEROS = b"0" * 64
+AGAIN = "copy the file again, or build it again"
 # The exact start of the header, so that the digests have fixed offsets.
 PREFIX = re.compile(
     rb'\{"__metadata__":\{"torch_rtx":"\{\\"header_digest\\":\\"([0-9a-f]{64})\\",\\"data_digest\\":\\"([0-9a-f]{64})\\",'
@@ -379,7 +380,7 @@ def _read_data(
             raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
         yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)
     if data.hexdigest() != header.data_digest:
-        raise EngineFormatError("the data is damaged: its digest is not the one in the header")
+        raise EngineFormatError("the data is damaged: its digest is not the one in the header", hint=AGAIN)
     if whole is not None and whole.hexdigest() != str(sha256).lower():
         raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
 
@@ -422,7 +423,7 @@ def parse_header(file: BufferedIOBase) -> Header:
     length = file.read(8)
     count = int.from_bytes(length, "little")
     if len(length) < 8 or count > MAX_HEADER or 8 + count > size:
-        raise EngineFormatError("not an .rtx file, or truncated: its header is incomplete")
+        raise EngineFormatError("not an .rtx file, or truncated: its header is incomplete", hint=AGAIN)
     raw = file.read(count)
     match = PREFIX.match(raw)
     if match is None:
@@ -430,7 +431,7 @@ def parse_header(file: BufferedIOBase) -> Header:
         raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx", hint=hint)
     zeroed = raw[: match.start(1)] + ZEROS + raw[match.end(1) :]
     if hashlib.sha256(length + zeroed).hexdigest().encode() != match[1]:
-        raise EngineFormatError("the header is damaged: its digest does not match")
+        raise EngineFormatError("the header is damaged: its digest does not match", hint=AGAIN)
     try:
         outer = json.loads(raw, object_pairs_hook=_unique)
         inner = json.loads(outer.pop("__metadata__")["torch_rtx"], object_pairs_hook=_unique)

@@ -127,7 +127,7 @@ def _explanation(error: Exception, in_model: bool) -> tuple[str, str]:
         hint = f"declare {', '.join(fixes) if fixes and parts is None else multiples}"
         hint += ", or the ranges of the inputs by torch_rtx.Input"
     elif "dynamic_shapes" in lines[0]:
-        problem = lines[0]
+        problem = re.split(r" (?:Alternatively|For more information)", lines[0])[0]
         hint = "dynamic_shapes has the structure of the arguments; or declare inputs by torch_rtx.Input"
     else:
         problem = f"the model can't be captured: {type(error).__name__}: {lines[0]}"
