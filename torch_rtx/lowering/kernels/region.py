@@ -71,9 +71,9 @@ class Region:
 
     Attributes:
         outputs: the tensors to store.
-        anchor: the node among ANCHORS, if any. Its results are `Load`s with `anchor` set.
+        anchor: the node among ANCHORS, if any; None if there are parts. Its results are `Load`s with `anchor` set.
         values: every value of the body as kernel IR.
-        parts: the loops of a horizontal kernel, whose body has a kernel for each of them and nothing else.
+        parts: those of a horizontal kernel, whose body has a kernel for each of them and nothing else.
         as_bytes: the dtypes of which the kernel reads and writes bytes, since the target does not have them.
     """
 
@@ -158,15 +158,15 @@ def _region(key: Exact, as_bytes: frozenset[str]) -> Region:
     as_bytes |= BYTES | _viewed(body)
     types = {value.name: tensor_type(value) for value in body.inputs}
     values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}
-    anchors = list(_fill(body, values))
-    if len(anchors) > 1:
+    anchors, is_divided = list(_fill(body, values)), has_parts(body)
+    if len(anchors) > 1 and not is_divided:
         raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
     results = (values[value.name] for value in attr_values(body.outputs))
     outputs = tuple(in_memory(tensor, tensor.dtype in as_bytes) for tensor in results)
     _check_accumulations(body, outputs, bool(anchors))
-    inner = (node.body for node in body.nodes if node.body is not None) if has_parts(body) else ()
+    inner = (node.body for node in body.nodes if node.body is not None) if is_divided else ()
     parts = tuple(region(part, as_bytes) for part in inner)
-    return Region(body, outputs, anchors[0] if anchors else None, values, parts, as_bytes)
+    return Region(body, outputs, anchors[0] if anchors and not parts else None, values, parts, as_bytes)
 
 
 def _viewed(body: Graph) -> frozenset[str]:
