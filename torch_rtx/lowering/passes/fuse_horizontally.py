@@ -124,14 +124,26 @@ def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list
     for indices in equal.values():
         group: list[int] = []
         for index in indices:
-            nodes, apart = [graph.nodes[at] for at in (*group, index)], index - group[-1] if group else 0
-            fits = _is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])
-            if not fits or (_is_product(nodes[-1]) and not (apart <= NEAR and _is_faster(nodes, arches))):
-                found += schedule.merge(group)
+            nodes = [graph.nodes[at] for at in (*group, index)]
+            is_near = not group or index - group[-1] <= NEAR or not _is_product(nodes[-1])
+            if not (is_near and _is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])):
+                found += _gained(graph, schedule, group, arches)
                 group = []
             group.append(index)
-        found += schedule.merge(group)
+        found += _gained(graph, schedule, group, arches)
     return found
+
+
+def _gained(graph: Graph, schedule: _Schedule, group: list[int], arches: tuple[Arch, ...]) -> list[list[int]]:
+    """`group` merged, unless it is of products that take no less time together than one after another."""
+    nodes = [graph.nodes[at] for at in group]
+    if len(nodes) > 1 and _is_product(nodes[0]):
+        together, alone = _kernel(nodes).body, nodes[0].body
+        assert together is not None
+        assert alone is not None
+        if not all(_us(together, arch) < GAIN * len(nodes) * _us(alone, arch) for arch in arches):
+            return []
+    return schedule.merge(group)
 
 
 def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
@@ -176,16 +188,6 @@ def _code(node: Node, arches: tuple[Arch, ...]) -> object:
 def _is_product(node: Node) -> bool:
     anchor = None if node.body is None else region(node.body).anchor
     return anchor is not None and ANCHORS[anchor.op] == "gemm"
-
-
-def _is_faster(nodes: Sequence[Node], arches: tuple[Arch, ...]) -> bool:
-    """Equal products take less time together than one after another."""
-    if len(nodes) == 1:
-        return True
-    together, (alone, *_) = _kernel(nodes).body, (node.body for node in nodes)
-    assert together is not None
-    assert alone is not None
-    return all(_us(together, arch) < GAIN * len(nodes) * _us(alone, arch) for arch in arches)
 
 
 @lru_cache(maxsize=1024)  # layers of a model have equal products
