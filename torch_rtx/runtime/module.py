@@ -19,6 +19,7 @@ from torch_rtx import aten, platforms
 from torch_rtx import engine as engine_file
 from torch_rtx.collectives import bound
 from torch_rtx.engine import Engine
+from torch_rtx.engine_header import name_of
 from torch_rtx.errors import (
     CallError,
     EngineFormatError,
@@ -412,7 +413,7 @@ def load(
             no collection, or a process group is missing or is another one.
     """
     settings = settings_of(RuntimeSettings, settings)
-    name = engine_file.name_of(path)
+    name = name_of(path)
     if isinstance(trusted_ops, str):
         hint = f"write trusted_ops=[{trusted_ops!r}]"
         raise SettingsError(f"trusted_ops must be a list of names, not {trusted_ops!r}", hint=hint)

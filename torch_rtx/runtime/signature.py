@@ -18,7 +18,7 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from torch_rtx.engine import names_of_sizes
+from torch_rtx.engine_header import names_of_sizes
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
 from torch_rtx.runtime.result_builder import builder
 
