@@ -141,6 +141,7 @@ class FusionPlan:
             if self.group_of[index].space != iteration_space_of(self.nodes[index]):
                 self._merge_producers(index)
         anchors = [i for i in sorted(self.group_of) if self.nodes[i].kind == "op" and self.nodes[i].op in ANCHORS]
+        anchors = [i for i in anchors if self.atomics or not scatters(self.nodes[i])]
         for index in anchors:
             self._narrow(index)
         # The last anchor first: a loop that reads results of several is the epilogue of the one that it waits for.
@@ -162,7 +163,8 @@ class FusionPlan:
             loop = node.kind == "op" and not barrier and index not in self.ranges
             loop = loop and (self.atomics or not scatters(node))
             space = iteration_space_of(node) if loop else None
-            if space is not None and scatters(node):
+            anchor = loop and node.op in ANCHORS
+            if (space is not None or anchor) and scatters(node):
                 self.begun.update(value.name for value in attr_values(node.arg("self")))
             self.group_of[index] = FusionGroup([index], epoch, space)
             if space is not None and space.size is not None:
@@ -342,7 +344,7 @@ class FusionPlan:
         readers = {id(self.group_of[i]): self.group_of[i] for i in self.users(anchor)}
         tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
         after = [tail] if tail is not None and self._is_epilogue(tail, anchor) else []
-        before = self._prologue(index)
+        before = [] if scatters(self.nodes[index]) else self._prologue(index)
         choices = ([*before, anchor, *after], [anchor, *after], [*before, anchor], [anchor])
         for groups in (groups for at, groups in enumerate(choices) if groups not in choices[:at]):
             steps = [node for group in groups for node in self._steps(group)]
@@ -386,7 +388,7 @@ class FusionPlan:
         anchor. The sums of int8 then need not be written."""
         anchor, chain = self.group_of[index], list[int]()
         result, *others = self.results(anchor)
-        if others:
+        if others or scatters(self.nodes[index]):
             return
         tails = [self.group_of[reader] for reader in self.users(anchor)]
         if len(set(map(id, tails))) != 1 or tails[0].epoch != anchor.epoch:
@@ -421,6 +423,8 @@ class FusionPlan:
         """`tail` is a loop over the elements of the anchor's result, or over pairs of them, as a gated unit has."""
         result, *others = self.results(anchor)
         space = tail.space
+        if scatters(self.nodes[anchor.members[0]]):  # it is not complete before the kernel ends
+            return False
         if others or space is None or space.size is not None or tail.epoch != anchor.epoch:
             return False
         whole = elements(result)

@@ -192,18 +192,21 @@ def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: boo
     """Raises Unsupported unless each accumulation is one result of a loop, which lies in memory as what it starts from,
     and nothing else in the kernel reads either."""
     named = {value.name: value for value in attr_values(body.outputs)}
-    begun = [_start(output) for output in outputs if isinstance(output, Scatter)]
+    begun: list[Tensor] = [_start(output) for output in outputs if isinstance(output, Scatter)]
+    if begun and anchored:
+        raise Unsupported("additions in memory beside a product")
     nodes = set(everything(outputs))
     read = any(isinstance(child, Scatter) for tensor in nodes for child in children(tensor))
     found = starts(body)
+    if anchored:  # the anchor itself may add to an input
+        begun = [load(start.name, tensor_type(start)) for start in found.values()]
+        read = any(not (isinstance(one, Load) and one.anchor) for one in outputs) and bool(begun)
     if not body.updated.keys() <= found.keys():
         raise Unsupported("an update of elements that a mask chooses")
     if any(named[name].type != start.type for name, start in found.items()):
         raise Unsupported("a sum in another layout than what a kernel adds to")
     if read or not len({*begun}) == len(begun) == len(found) or not nodes.isdisjoint(begun):
         raise Unsupported("a sum that a kernel adds to, beside other uses of it")
-    if begun and anchored:
-        raise Unsupported("additions in memory beside a product")
 
 
 def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
