@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 
 from torch_rtx.accumulation import starts
 from torch_rtx.dtypes import BYTES, DTYPES, register
@@ -26,7 +27,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat
-from torch_rtx.lowering.kernels.index import from_dim, to_dim
+from torch_rtx.lowering.kernels.index import from_dim, product, to_dim
 from torch_rtx.lowering.kernels.kernel_ir import (
     Load,
     Reduce,
@@ -99,6 +100,17 @@ class Region:
         """The types of the tensors that the kernel reads or writes: the inputs of the body and the outputs."""
         return (*map(tensor_type, self.body.inputs), *self.types)
 
+    @cached_property
+    def read_types(self) -> tuple[TensorType, ...]:
+        """The types of the inputs of the body; in place of one of which a loop reads a part, such as some rows of a
+        table, or a range of its channels, as many elements in a row."""
+        whole = tuple(map(tensor_type, self.body.inputs))
+        if self.anchor is not None or self.parts:
+            return whole
+        read = _elements_read(self.outputs)
+        names = (value.name for value in self.body.inputs)
+        return tuple(_part(type_, read.get(name)) for name, type_ in zip(names, whole, strict=True))
+
     @property
     def moved_types(self) -> tuple[TensorType, ...]:
         """As `memory_types`, with what is read and written of a result that the kernel adds to, in place of all of it
@@ -106,7 +118,8 @@ class Region:
         added = {index: output for index, output in enumerate(self.outputs) if isinstance(output, Scatter)}
         begun = {_start(output).name for output in added.values()}
         dims = [dim for value in self.body.values() for dim in type_dims(value.type)]
-        found = [tensor_type(value) for value in self.body.inputs if value.name not in begun]
+        inputs = zip(self.body.inputs, self.read_types, strict=True)
+        found = [type_ for value, type_ in inputs if value.name not in begun]
         for index, type_ in enumerate(self.types):
             if index in added:
                 shape = tuple(to_dim(size, dims) for size in added[index].shape)
@@ -121,6 +134,39 @@ class Region:
             return text(self.outputs)
         args = {key: self.values[attr.name] if isinstance(attr, Value) else attr for key, attr in self.anchor.args}
         return text(self.outputs, self.anchor.op, args)
+
+
+def _part(type_: TensorType, count: int | None) -> TensorType:
+    """`count` elements of a tensor as one of that size; all of it, if it has no more, or a size is not known."""
+    sizes = [size for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0]
+    if count is None or not all(isinstance(size, int) for size in sizes) or count >= prod(sizes):  # type: ignore[arg-type]
+        return type_
+    return TensorType(type_.dtype, (count,), (1,))
+
+
+def _elements_read(outputs: Sequence[Tensor]) -> dict[str, int | None]:
+    """By the name of an input, how many of its elements a loop reads at most; None where that depends on sizes that are
+    not known."""
+    wanted: dict[Tensor, int | None] = {output: product(output.shape).number for output in outputs}
+    read: dict[str, int | None] = {}
+    for tensor in reversed([*everything(outputs)]):  # readers first
+        size, count = product(tensor.shape).number, wanted[tensor]
+        count = None if count is None or size is None else min(count, size)
+        if isinstance(tensor, Load):
+            read[tensor.name] = _sum(read.get(tensor.name, 0), count)
+        for below in children(tensor):
+            each = count
+            if isinstance(tensor, Reduce) and count is not None:
+                whole = product(below.shape).number
+                each = whole if whole is None or not size else count * (whole // size)
+            elif isinstance(tensor, Scatter):
+                each = product(below.shape).number
+            wanted[below] = _sum(wanted.get(below, 0), each)
+    return read
+
+
+def _sum(one: int | None, two: int | None) -> int | None:
+    return None if one is None or two is None else one + two
 
 
 class Exact:
