@@ -57,6 +57,7 @@ module = torch_rtx.load(f"{{folder}}/bert.rtx", weights=f"{{folder}}/bert.safete
 result = module(**load_file(f"{{folder}}/inputs.safetensors"))
 print(type(result).__name__, list(result), result["pooler_output"] is result.get("pooler_output"))
 print("transformers" in sys.modules, hasattr(result, "last_hidden_state"))
+assert "{transformers}" == "with" or not {{"torch._dynamo", "sympy"}} & sys.modules.keys()
 save_file({{name: tensor.contiguous() for name, tensor in result.items()}}, f"{{folder}}/outputs.safetensors")
 """
 

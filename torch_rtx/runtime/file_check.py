@@ -9,9 +9,7 @@ when they are first met. What PyTorch does not check is in `file_rules`.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,6 +38,7 @@ from torch_rtx.ir import (
 from torch_rtx.op_work import flops
 from torch_rtx.optable import LAUNCH
 from torch_rtx.runtime.file_rules import ANY, INFERRED, broken_rule
+from torch_rtx.runtime.light_meta import light_meta
 
 META = torch.device("meta")
 # What recipes may take while an engine is loaded, besides a multiple of the data that they read: memory in bytes (as in
@@ -100,18 +99,21 @@ class FileCheck:
             EngineFormatError: see `FileCheck`.
         """
         samples = self._samples(sizes)
-        for node in calls(self.graph):
-            errors: list[InvalidIR] = []
-            for sample in samples:
-                try:
-                    self._check(node, sample)
-                    break
-                except InvalidIR as error:
-                    errors.append(error)
-            else:
-                name = ", ".join(value.name for value in node.results)
-                message = f"{node.op}{f' of {name}' if name else ''}: {errors[0].message}"
-                raise EngineFormatError(message[:2000], loc=node.loc)
+        with light_meta():
+            for node in calls(self.graph):
+                self._check_for_one(node, samples)
+
+    def _check_for_one(self, node: Node, samples: Sequence[Sizes]) -> None:
+        errors: list[InvalidIR] = []
+        for sample in samples:
+            try:
+                self._check(node, sample)
+                return
+            except InvalidIR as error:
+                errors.append(error)
+        name = ", ".join(value.name for value in node.results)
+        message = f"{node.op}{f' of {name}' if name else ''}: {errors[0].message}"
+        raise EngineFormatError(message[:2000], loc=node.loc)
 
     def _samples(self, sizes: Sizes) -> list[Sizes]:
         open_ = [sym for name, sym in all_syms(self.graph).items() if name not in sizes]
@@ -250,7 +252,7 @@ class _Call:
             broken = broken_rule(self.node.op, given, [value is not None for value in self.node.outputs])
             if broken is not None:
                 raise InvalidIR(broken)
-            with torch.no_grad(), _without_dynamo():
+            with torch.no_grad():
                 result = INFERRED[self.node.op](given) if self.node.op in INFERRED else self.op(**given)
         except NotImplementedError:
             raise InvalidIR("its results can't be checked", hint="name it in trusted_ops") from None
@@ -322,26 +324,6 @@ class _Call:
             return torch.empty_strided(shape, strides, dtype=aten.DTYPES[type_.dtype], device=META)
         except RuntimeError as error:
             raise InvalidIR(f"{attr.name} has an impossible type: {error}") from None
-
-
-@contextmanager
-def _without_dynamo() -> Iterator[None]:
-    """Keeps PyTorch from importing Dynamo, a second and 100 MB, for the first call on a meta tensor.
-
-    The calls' Python code is hidden from Dynamo by `torch._compile._disable_dynamo`, which imports it for that alone.
-    While nobody has imported it, nothing has to be hidden, and a function may stand for its hidden self.
-    """
-
-    def found(thing: Any, name: str, *default: Any) -> Any:
-        hidden = name == "__dynamo_disable" and "torch._dynamo" not in sys.modules
-        return thing if hidden else getattr(thing, name, *default)
-
-    names = vars(torch._compile)
-    names["getattr"] = found
-    try:
-        yield
-    finally:
-        names.pop("getattr", None)
 
 
 def _fits(type_: str, attr: Attr) -> bool:
