@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -311,8 +312,12 @@ def test_report(tmp_path: Path) -> None:
     assert "| gpt2-b1 float16 | 1.00 | 6.00 | 2.00 | **0.500** |" in lines
     assert "| gpt2-b1 float16 | rtx | 0.500 (0.375–0.750) | 0.500 | 0.250 (0.250–0.250) |" in lines
     assert "| rtx | 2 | 0.500 | 0.250–1.00 |" in lines
-    short = report.short_page(report.speedups(results.load(path)))
-    assert "| gpt2-b1 float16 | inductor | 0.500 | 4.00x |" in short.splitlines()
+    speedups = report.speedups(results.load(path))
+    short = report.short_page(speedups)
+    assert "| gpt2-b1 float16 | 0.500 | 4.00x |" in short.splitlines()
+    assert "which is `inductor` for all of them" in short
+    other = replace(speedups[0], against="onnxruntime")
+    assert f"| {other.workload} | onnxruntime | " in report.short_page([*speedups, other])
     assert "- max-autotune (resnet50-b1 float16): failed: stopped after 9 s, during prepare" in lines
     assert "- onnxruntime: unavailable: not installed: onnxruntime" in lines
     assert lines.index("| resnet50-b1 float16 | 1.00 | 6.00 | **2.00** | **2.00** |") < lines.index(

@@ -427,7 +427,7 @@ def load(
         check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
         kernels = engine.kernels if trust_binaries or sha256 is not None else KernelTable()
         if engine.kernels and not kernels and placed.type == "cuda":
-            log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", name)
+            log.warning("%s: its kernels do not run without trust_binaries=True (--trust-binaries)", name)
         bound_to = checked_groups(engine.graph, engine.manifest, groups)
         module = CompiledModule(engine, placed, settings, (), trusted_ops, None, kernels, check, bound_to)
         if weights is not None:
