@@ -27,7 +27,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat
-from torch_rtx.lowering.kernels.index import from_dim, product, to_dim
+from torch_rtx.lowering.kernels.index import bounds, from_dim, product, to_dim
 from torch_rtx.lowering.kernels.kernel_ir import (
     Load,
     Reduce,
@@ -58,6 +58,7 @@ from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
 # Importing them fills OPS.
+SIZES = frozenset(("size", "shape", "split_size", "split_sizes", "output_size", "input_size"))  # arguments
 DECLARED = (accumulations, copies, factories, gradients, indexing, pointwise, pooling, reductions, resampling, views)
 
 
@@ -280,7 +281,7 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
         raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
     if node.op not in OPS:
         return _written_out(node, values)
-    given = {key: _given(attr, values) for key, attr in node.args}
+    given = {key: _given(attr, values, key in SIZES) for key, attr in node.args}
     types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
     found = OPS[node.op](**given, out=types)
     results = found if isinstance(found, tuple) else (found,)
@@ -315,22 +316,24 @@ def tensor_type(value: Value) -> TensorType:
     return type_
 
 
-def _given(attr: Attr, values: dict[str, Tensor]) -> object:
+def _given(attr: Attr, values: dict[str, Tensor], is_size: bool) -> object:
     if isinstance(attr, Value):
         return values[attr.name]
     if isinstance(attr, Sym | Expr):
-        if _divides_signed(attr):
+        if _divides_signed(attr, is_size):
             raise Unsupported(f"{attr}, a division of a number that may be negative")
         return from_dim(attr)
-    return tuple(_given(item, values) for item in attr) if isinstance(attr, tuple) else attr
+    return tuple(_given(item, values, is_size) for item in attr) if isinstance(attr, tuple) else attr
 
 
-def _divides_signed(dim: Dim) -> bool:
-    """Whether `dim` divides a number that may be negative, which Triton rounds towards 0."""
+def _divides_signed(dim: Dim, is_size: bool) -> bool:
+    """Whether `dim` divides a number that may be negative, which Triton rounds towards 0. In the size of a tensor,
+    differences of sizes are not: the size would be."""
     if not isinstance(dim, Expr):
         return False
     signed = dim.op in ("//", "%") and any(sym.min < 0 for sym in dim_syms(dim))
-    return signed or any(map(_divides_signed, dim.args))
+    below = dim.op == "//" and not is_size and bounds(dim.args[0])[0] < 0
+    return signed or below or any(_divides_signed(arg, is_size) for arg in dim.args)
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:
