@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torch_rtx.binaries import decompress
 from torch_rtx.engine import Engine, Manifest, save
 from torch_rtx.engine_header import PROGRAM
 from torch_rtx.ir import Graph
@@ -96,18 +97,20 @@ class Parts:
         inner = json.loads(table.pop("__metadata__")["torch_rtx"])
         if "program" in inner:
             sizes, (start, _) = inner.pop("program"), table.pop(PROGRAM)["data_offsets"]
-            raw, data = zlib.decompress(data[start:]), data[:start]
+            unpack = {"zlib": zlib.decompress, "xz": decompress}[sizes["codec"]]
+            raw, data = unpack(data[start:]), data[:start]
             rest = json.loads(raw[: sizes["tables"]])
             manifest = {**inner["manifest"], **rest["manifest"]}
             inner |= {**rest, "manifest": manifest, "graph": raw[sizes["tables"] :].decode()}
         inner["manifest"]["digests"].pop("graph")
         return Parts(inner, table, data)
 
-    def join(self, stored: bytes | None = None, **sizes: int) -> bytes:
+    def join(self, stored: bytes | None = None, codec: str = "zlib", **sizes: int) -> bytes:
         """The file, with right digests of whatever is in it, but for one of the graph that the manifest has.
 
         Args:
             stored: the data of the tensor `program`; None: what the program gives.
+            codec: what the header says that it is compressed with.
             sizes: what the header says of it in place of what is so.
         """
         text, manifest = self.program.get("graph"), self.program.get("manifest")
@@ -121,7 +124,12 @@ class Parts:
         if version not in range(COMPRESSED):  # also where it is no version
             inner, made = _compressed(inner)
             stored = made if stored is None else stored
-            inner["program"] = {"digest": hashlib.sha256(stored).hexdigest(), **inner["program"], **sizes}
+            inner["program"] = {
+                "digest": hashlib.sha256(stored).hexdigest(),
+                "codec": codec,
+                **inner["program"],
+                **sizes,
+            }
             spans = (entry.get("data_offsets") for entry in table.values() if isinstance(entry, dict))
             end = max((span[1] for span in spans if isinstance(span, list) and len(span) == 2), default=0)
             end = end if isinstance(end, int) else 0

@@ -197,6 +197,7 @@ def program(**changes: Any) -> Callable[[bytes], bytes]:
     [
         *({name: wrong} for name in ("tables", "graph") for wrong in (None, -1, 1.0, True, 0, 1, 2**62, "1")),
         *({"digest": wrong} for wrong in (None, 1, "0" * 64)),
+        *({"codec": wrong} for wrong in (None, 1, "", "xz", "lz4", ["zlib"])),
         {"tables": MAX_TABLES},
         {"graph": MAX_GRAPH},
     ],

@@ -185,7 +185,7 @@ def test_a_large_group_is_several_packs(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("rows", [[(FIRST, 499)], [(FIRST, 501)], [(SECOND, 500)], [(FIRST, 500), (SECOND, 0)]])
 def test_packs_with_other_binaries_than_they_say(rows: list[tuple[str, int]]) -> None:
     (pack,) = packs_of([[FIRST]], BINARIES)
-    with pytest.raises(EngineFormatError, match="a binary of a kernel|is damaged"):
+    with pytest.raises(EngineFormatError, match="what is compressed|is damaged"):
         Pack(pack.stored, tuple(rows)).unpacked()
 
 
@@ -194,7 +194,7 @@ def test_what_does_not_unpack() -> None:
     assert len(bomb) < 20_000
     good = compress(b"binary")
     for stored in (b"", b"\x7fELF" + bytes(100), good[:-8], good + b"more", bomb):
-        with pytest.raises(EngineFormatError, match="a binary of a kernel"):
+        with pytest.raises(EngineFormatError, match="decompressed|what is compressed"):
             decompress(stored)
 
 

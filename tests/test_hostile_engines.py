@@ -16,6 +16,7 @@ import torch
 
 from tests.engine_files import Parts, forge
 from tests.paths import ROOT
+from torch_rtx.binaries import compress
 from torch_rtx.engine import Engine
 from torch_rtx.engine_header import MAX_GRAPH, MAX_TABLES
 from torch_rtx.irparse import MAX_LINES, parse
@@ -156,8 +157,9 @@ CALLED = {  # what a call does
     ),
 }
 GIGABYTE = zlib.compress(bytes(2**30), 9)
-BOMBS: dict[str, tuple[bytes, dict[str, int]]] = {
+BOMBS: dict[str, tuple[bytes, dict[str, Any]]] = {
     "more than it says": (GIGABYTE, {}),
+    "more than it says, by LZMA": (compress(bytes(2**26)), {"codec": "xz"}),
     "a gigabyte": (GIGABYTE, {"graph": 2**30}),
     "spaces": (zlib.compress(b" " * (MAX_TABLES + MAX_GRAPH)), {"tables": MAX_TABLES, "graph": MAX_GRAPH}),
     "objects": (zlib.compress(b"[" + b"{}," * (MAX_TABLES // 3 - 1) + b"0]"), {"tables": MAX_TABLES // 3 * 3 - 1}),

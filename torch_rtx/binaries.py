@@ -1,8 +1,8 @@
 """Binaries of kernels, and the form in which engine files have them.
 
-Kernels for the same GPUs are alike, so binaries that serve the same targets are compressed together, as one *pack*, in
-half the bytes of each by itself. A reader decompresses the packs of its GPU alone, each when a binary of it is first
-asked for. Neither torch nor triton is needed.
+Kernels are alike, so those for GPUs of one generation are compressed together, as one *pack*, in half the bytes of each
+by itself. A reader decompresses the pack of its GPU alone, when a binary of it is first asked for. Neither torch nor
+triton is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compress(data: bytes) -> bytes:
 
 
 def decompress(stored: bytes, limit: int = MAX_BINARY) -> bytes:
-    """Inverse of `compress`.
+    """Inverse of `compress`. It takes no more memory than `limit` and as much again.
 
     Raises:
         EngineFormatError: other bytes, or more than `limit` come out.
@@ -48,9 +48,9 @@ def decompress(stored: bytes, limit: int = MAX_BINARY) -> bytes:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * MAX_BINARY)
         data = decompressor.decompress(stored, limit + 1)  # so that it comes to the end
     except lzma.LZMAError as error:
-        raise EngineFormatError(f"a binary of a kernel can't be decompressed: {error}") from None
+        raise EngineFormatError(f"it can't be decompressed: {error}") from None
     if not decompressor.eof or decompressor.unused_data or len(data) > limit:
-        raise EngineFormatError("a binary of a kernel is too large or has no end")
+        raise EngineFormatError("what is compressed is too large or has no end")
     return data
 
 

@@ -1,8 +1,8 @@
 """The header of an engine file, and the program: what a reader needs before it reads tensors. Needs no torch.
 
 Since format 7 the file has the program in the tensor `program`, its last one: the JSON of the manifest and the tactics,
-and then the text of the graph, compressed together by zlib. The header has their sizes and the digest of the tensor, so
-that the program is read and checked without the rest of the file, and takes no more memory than the limits here.
+and then the text of the graph, compressed together. The header has their sizes and the digest of the tensor, so that
+the program is read and checked without the rest of the file, and takes no more memory than the limits here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from torch_rtx import dtypes
-from torch_rtx.binaries import MAX_BINARY
+from torch_rtx.binaries import MAX_BINARY, compress, decompress
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.files import Path
 from torch_rtx.ir import MAX_RANK
@@ -43,7 +43,8 @@ DTYPES = {name: (dtype.safetensors, dtype.bytes) for name, dtype in dtypes.DTYPE
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
 
 PROGRAM = "program"  # key of a tensor
-# Bytes of its two parts; zlib makes 1000 of one, so that a hostile file would be small. A graph has at most 2^18 lines.
+# Bytes of its two parts; one that is compressed gives 1000 and more, so that a hostile file would be small. A graph has
+# at most 2^18 lines.
 MAX_TABLES, MAX_GRAPH = 8 << 20, 32 << 20
 
 File = Path | BinaryIO
@@ -185,16 +186,28 @@ def _with_program(inner: dict[str, Any], file: BufferedIOBase, tensors: Mapping[
     if hashlib.sha256(stored).hexdigest() != given.get("digest"):
         raise EngineFormatError("the program is damaged: its digest is not the one in the header", hint=AGAIN)
     try:
-        decompressor = zlib.decompressobj()
-        raw = decompressor.decompress(stored, tables + text + 1)  # so that it comes to the end
-        if len(raw) != tables + text or not decompressor.eof or decompressor.unused_data:
+        raw = _CODECS[exactly(str)(given["codec"])](stored, tables + text)
+        if len(raw) != tables + text:
             raise ValueError("it has another size than the header says")
         rest = exactly(dict)(json.loads(raw[:tables].decode(), object_pairs_hook=_unique))
         graph = raw[tables:].decode("utf-8", "surrogatepass")
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (zlib.error, EngineFormatError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise EngineFormatError(f"the program can't be read: {error}") from None
     manifest = rest.get("manifest")
     return {**rest, "graph": graph, "manifest": isinstance(manifest, dict) and {**manifest, **inner["manifest"]}}
+
+
+def _inflate(stored: bytes, limit: int) -> bytes:
+    """Raises ValueError if more than `limit` bytes come out, or if there is no end or something after it."""
+    decompressor = zlib.decompressobj()
+    raw = decompressor.decompress(stored, limit + 1)  # so that it comes to the end
+    if len(raw) > limit or not decompressor.eof or decompressor.unused_data:
+        raise ValueError("what is compressed is too large or has no end")
+    return raw
+
+
+# LZMA takes a quarter less, and zlib is in every Python.
+_CODECS = {"zlib": _inflate, "xz": decompress}
 
 
 def _packs(inner: Mapping[str, Any]) -> dict[str, tuple[tuple[str, int], ...] | None]:
@@ -273,7 +286,7 @@ def write_program(manifest: Manifest, text: str, tables: Mapping[str, Json]) -> 
 
     Args:
         text: of the graph.
-        tables: `tactics` and `packs`, if there are any.
+        tables: `tactics` and `packs`, if there are any. Their binaries need LZMA, and then the program has it, too.
 
     Raises:
         EngineFormatError: a field of the manifest is of a wrong type.
@@ -287,9 +300,10 @@ def write_program(manifest: Manifest, text: str, tables: Mapping[str, Json]) -> 
     for what, size, limit in (("tables", len(rest), MAX_TABLES), ("graph", len(graph), MAX_GRAPH)):
         if size > limit:
             raise RtxError(f"the {what} of the program take {size} bytes, more than the {limit} that a file may have")
-    stored = zlib.compress(rest + graph, 9)
+    codec, stored = ("xz", compress(rest + graph)) if tables else ("zlib", zlib.compress(rest + graph, 9))
     digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
-    program = {"digest": hashlib.sha256(stored).hexdigest(), "tables": len(rest), "graph": len(graph)}
+    sizes: dict[str, Json] = {"tables": len(rest), "graph": len(graph)}
+    program: Json = {"digest": hashlib.sha256(stored).hexdigest(), "codec": codec, **sizes}
     return json.dumps({**digests, "manifest": head, "program": program}, separators=(",", ":")), stored
 
 

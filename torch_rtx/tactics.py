@@ -238,7 +238,8 @@ def with_names(table: KernelTable) -> KernelTable:
 
 
 def groups_of(table: KernelTable) -> list[list[str]]:
-    """The names of the binaries, those that serve the same targets together; of a group, like kernels side by side."""
+    """The names of the binaries: machine code for one generation of GPUs, and PTX; in each group, those
+    of a kernel side by side."""
     targets: dict[str, set[Target]] = {}
     ops: dict[str, str] = {}
     for op, found in sorted(table.tactics.items()):
@@ -246,9 +247,10 @@ def groups_of(table: KernelTable) -> list[list[str]]:
             for name in (v.binary for one in tactics for launch in one.kernels.values() for v in launch.variants):
                 targets.setdefault(name, set()).add(target)
                 ops.setdefault(name, op)
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[bool, int], list[str]] = {}
     for name in sorted(targets, key=lambda name: (ops[name], name)):
-        groups.setdefault(tuple(map(str, by_age(targets[name]))), []).append(name)
+        oldest = by_age(targets[name])[0]
+        groups.setdefault((oldest.ptx, oldest.sm // 10), []).append(name)
     return [groups[key] for key in sorted(groups)]
 
 
