@@ -22,7 +22,18 @@ from tests.engine_files import ENGINE, forge, saved
 from tests.helpers.kernels import GRAPH
 from tests.paths import ENGINES
 from torch_rtx import tactics
-from torch_rtx.binaries import MAX_BINARY, Binaries, Pack, compress, decompress, digest, named, packs_of
+from torch_rtx.binaries import (
+    MAX_BINARY,
+    Binaries,
+    Pack,
+    compress,
+    decompress,
+    digest,
+    named,
+    packs_of,
+    with_differences,
+    with_numbers,
+)
 from torch_rtx.cli.app import app
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
@@ -173,6 +184,28 @@ def test_pack() -> None:
     assert read[third] is read[third]  # decompressed once
     single = Pack(compress(names[first]), None)
     assert Binaries([single]) == {single.names()[0]: names[first]}
+
+
+PTX_TEXT = b".reg .b32 %r<9>; // %rd %laneid\n" + b"".join(
+    b"add.s32 %%r%d, %%r%d, 0x%d;\nld.b64 {%%rd%d}, [%%rd%d+5];\n" % (n + 2, n, n % 3, 2 * n, n) for n in range(90)
+)
+
+
+@pytest.mark.parametrize("text", [PTX_TEXT, PTX_TEXT + b"[%r+5]", PTX_TEXT + b"%r007", PTX_TEXT + b"%r1234567890"])
+def test_ptx_in_packs(text: bytes) -> None:
+    """Registers as differences, where that can be undone."""
+    names = dict(named(one) for one in (text, PTX_TEXT[:1000]))
+    (pack,) = packs_of([list(names)], names)
+    assert Binaries([pack]) == names
+    assert pack.ptx is (text in (PTX_TEXT, PTX_TEXT + b"%r1234567890"))
+    assert pack.key.startswith("ptx/" if pack.ptx else "kernels/")
+
+
+def test_ptx_takes_less_as_differences() -> None:
+    names = dict([named(PTX_TEXT)])
+    (pack,) = packs_of([list(names)], names)
+    assert len(pack.stored) < 0.7 * len(compress(PTX_TEXT))
+    assert with_numbers(with_differences(PTX_TEXT)) == PTX_TEXT
 
 
 def test_a_large_group_is_several_packs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +447,7 @@ def test_old_tables_that_are_refused(launches: Any, splits: Any) -> None:
         read_table_v4(launches, splits, GRAPH)
 
 
-PACK, OTHER = (f"kernels/{digest(pack.stored)}" for pack in packs_of([sorted((FIRST, SECOND)), [THIRD]], BINARIES))
+PACK, OTHER = (pack.key for pack in packs_of([sorted((FIRST, SECOND)), [THIRD]], BINARIES))
 EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 
 
@@ -441,8 +474,7 @@ def test_tensors_that_are_refused(tmp_path: Path, outer: Callable[[dict[str, Any
     + [[[FIRST, -1], [SECOND, 501]], [[FIRST, MAX_BINARY], [SECOND, 1]], [[FIRST, 1], [SECOND, 1], [THIRD, 1]]],
 )
 def test_tables_of_binaries_that_are_refused(tmp_path: Path, rows: Any) -> None:
-    name = PACK.removeprefix("kernels/")
-    path = forge(tmp_path / "a.rtx", lambda program: program["packs"].update({name: rows}), what=WITH_KERNELS)
+    path = forge(tmp_path / "a.rtx", lambda program: program["packs"].update({PACK: rows}), what=WITH_KERNELS)
     for read in (load, inspect):
         with pytest.raises(EngineFormatError):
             read(path)
@@ -457,7 +489,7 @@ def test_a_pack_that_is_another(tmp_path: Path) -> None:
         load(path)
 
     def swap(program: dict[str, Any]) -> None:
-        rows = program["packs"][PACK.removeprefix("kernels/")]
+        rows = program["packs"][PACK]
         rows[0][0], rows[1][0] = rows[1][0], rows[0][0]
 
     got = load(forge(path, swap, what=WITH_KERNELS))

@@ -3,17 +3,22 @@
 Kernels are alike, so those for GPUs of one generation are compressed together, as one *pack*, in half the bytes of each
 by itself. A reader decompresses the pack of its GPU alone, when a binary of it is first asked for. Neither torch nor
 triton is needed.
+
+PTX numbers its registers in the order of their first use, so that no two lines are equal. In a pack, a register has the
+difference to the last one of its kind instead: unrolled code repeats itself, and takes half the bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch_rtx.errors import EngineFormatError
 
 MAX_BINARY = 64 << 20  # bytes of a binary or a pack, decompressed; a hostile file can't make a reader allocate more
+ELF = b"\x7fELF"  # the start of machine code
 FULL = 8 << 20  # bytes with which a writer closes a pack
 DICTIONARY = 1 << 20  # bytes back to which LZMA looks for repetitions: more than the code of a few kernels
 
@@ -54,6 +59,34 @@ def decompress(stored: bytes, limit: int = MAX_BINARY) -> bytes:
     return data
 
 
+_REGISTER = re.compile(rb"%([a-z]{1,8})(\d{1,9})(?!\d)")
+_DIFFERENCE = re.compile(rb"%([a-z]{1,8})([+-]\d{1,9})(?!\d)")
+
+
+def with_differences(text: bytes) -> bytes:
+    """PTX with differences in place of the numbers of registers."""
+    last: dict[bytes, int] = {}
+
+    def difference(found: re.Match[bytes]) -> bytes:
+        kind, number = found[1], int(found[2])
+        before, last[kind] = last.get(kind, 0), number
+        return b"%%%s%+d" % (kind, number - before)
+
+    return _REGISTER.sub(difference, text)
+
+
+def with_numbers(text: bytes) -> bytes:
+    """Inverse of `with_differences`, of what that returns for PTX."""
+    last: dict[bytes, int] = {}
+
+    def number(found: re.Match[bytes]) -> bytes:
+        kind = found[1]
+        last[kind] = last.get(kind, 0) + int(found[2])
+        return b"%%%s%d" % (kind, last[kind])
+
+    return _DIFFERENCE.sub(number, text)
+
+
 @dataclass(frozen=True)
 class Pack:
     """Compressed binaries.
@@ -62,10 +95,17 @@ class Pack:
         stored: their bytes one after the other, compressed.
         sizes: by name, the bytes of each, in order. None: the one binary of a file up to format 6, whose name is the
             digest of `stored`.
+        ptx: before they were compressed, registers got differences in place of numbers.
     """
 
     stored: bytes
     sizes: tuple[tuple[str, int], ...] | None
+    ptx: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of its tensor in a file."""
+        return f"{'ptx' if self.ptx else 'kernel' if self.sizes is None else 'kernels'}/{digest(self.stored)}"
 
     def names(self) -> tuple[str, ...]:
         """The names of the binaries."""
@@ -80,7 +120,8 @@ class Pack:
         if self.sizes is None:
             return {digest(self.stored): decompress(self.stored)}
         total = sum(size for _, size in self.sizes)
-        data, found, start = decompress(self.stored, total), dict[str, bytes](), 0
+        data = with_numbers(decompress(self.stored)) if self.ptx else decompress(self.stored, total)
+        found, start = dict[str, bytes](), 0
         for name, size in self.sizes:
             found[name], start = data[start : start + size], start + size
             if digest(found[name]) != name or len(data) != total:
@@ -127,6 +168,10 @@ def packs_of(groups: Sequence[Sequence[str]], binaries: Mapping[str, bytes]) -> 
 
 
 def _pack(names: Sequence[str], binaries: Mapping[str, bytes]) -> Pack:
-    return Pack(
-        compress(b"".join(binaries[name] for name in names)), tuple((name, len(binaries[name])) for name in names)
-    )
+    data = b"".join(binaries[name] for name in names)
+    sizes = tuple((name, len(binaries[name])) for name in names)
+    if not data.startswith(ELF):
+        coded = with_differences(data)
+        if coded != data and with_numbers(coded) == data:  # not so of a text that has differences already
+            return Pack(compress(coded), sizes, ptx=True)
+    return Pack(compress(data), sizes)

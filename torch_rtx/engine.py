@@ -1,7 +1,7 @@
 """The engine file `.rtx`: a safetensors file whose metadata holds the header and whose tensors hold the data.
 
     key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
-    key `kernels/DIGEST`                 binaries of the graph's kernels, compressed together, see `binaries`
+    key `kernels/DIGEST`, `ptx/DIGEST`   binaries of the graph's kernels, compressed together, see `binaries`
     key `program`                        the manifest, the graph and the tactics, compressed, see `engine_header`
     metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "program"}, in this order
 
@@ -22,7 +22,7 @@ from io import BufferedIOBase, BytesIO
 from typing import TYPE_CHECKING, BinaryIO
 
 from torch_rtx import tactics
-from torch_rtx.binaries import Binaries, Pack, digest, packs_of
+from torch_rtx.binaries import Binaries, Pack, packs_of
 from torch_rtx.control import check_all
 from torch_rtx.engine_header import (
     AGAIN,
@@ -115,8 +115,8 @@ def write(engine: Engine, file: BinaryIO) -> None:
     check_profiles(engine.graph, engine.manifest.profiles)
     tensors = dict(_tensors_to_save(engine))
     table = tactics.with_names(engine.kernels)
-    packs = {digest(pack.stored): pack for pack in packs_of(tactics.groups_of(table), table.binaries)}
-    tensors |= {f"kernels/{name}": _bytes(pack.stored) for name, pack in packs.items()}
+    packs = packs_of(tactics.groups_of(table), table.binaries)
+    tensors |= {pack.key: _bytes(pack.stored) for pack in packs}
     manifest = replace(
         engine.manifest,
         format_version=FORMAT_VERSION,
@@ -124,7 +124,7 @@ def write(engine: Engine, file: BinaryIO) -> None:
         stripped=engine.weights is None,
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
-    names: dict[str, Json] = {name: [list(row) for row in pack.sizes or ()] for name, pack in packs.items()}
+    names: dict[str, Json] = {pack.key: [list(row) for row in pack.sizes or ()] for pack in packs}
     tables = {"tactics": tactics.write_table(table), "packs": names} if table else {}
     metadata, program = write_program(manifest, text, tables)
     try:
@@ -241,8 +241,8 @@ def load(path: File, mmap: bool = False, sha256: str | None = None) -> Engine:
         for key, tensor in _read_data(file, header, sha256, skip="weight/" if mmap else None):
             kind, _, name = key.partition("/")
             if key in header.packs:
-                packs.append(Pack(bytes(memory_of(tensor)), header.packs[key]))
-                if digest(packs[-1].stored) != name:
+                packs.append(Pack(bytes(memory_of(tensor)), header.packs[key], kind == "ptx"))
+                if packs[-1].key != key:
                     raise EngineFormatError(f"{key} is damaged: its digest is not its name")
             elif key in types:
                 parts[kind][name] = from_stored(tensor, types[key])

@@ -218,11 +218,13 @@ def _packs(inner: Mapping[str, Any]) -> dict[str, tuple[tuple[str, int], ...] | 
     """
     try:
         found = {
-            f"kernels/{name}": tuple((exactly(str)(one), exactly(int)(size)) for one, size in exactly(list)(rows))
-            for name, rows in exactly(dict)(inner.get("packs", {})).items()
+            key: tuple((exactly(str)(one), exactly(int)(size)) for one, size in exactly(list)(rows))
+            for key, rows in exactly(dict)(inner.get("packs", {})).items()
         }
     except (TypeError, ValueError) as error:
         raise EngineFormatError(f"the table of binaries is invalid: {error}") from None
+    if any(not key.startswith(("kernels/", "ptx/")) for key in found):
+        raise EngineFormatError("the table of binaries is invalid: a tensor of another kind")
     names = [name for sizes in found.values() for name, _ in sizes]
     if len(set(names)) != len(names):
         raise EngineFormatError("the table of binaries is invalid: a name occurs twice")

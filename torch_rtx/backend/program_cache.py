@@ -172,7 +172,7 @@ def to_bytes(built: Built, site: GraphSite) -> bytes:
         "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
         "locations": [None if origin is None else number[origin] for origin in origins],
         "tactics": write_table(built.program.kernels),
-        "packs": [pack.sizes for pack in packs],
+        "packs": [(pack.sizes, pack.ptx) for pack in packs],
         "float32": [built.program.float32.products, built.program.float32.convolutions],
         "called": [number[node] for node in built.called],
         "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
@@ -203,7 +203,10 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         data = load(body[start:])
         constants = {name.removeprefix("constant/"): t for name, t in data.items() if name.startswith("constant/")}
         stored = [bytes(memory_of(data[f"kernels/{index}"])) for index in range(len(fields["packs"]))]
-        sizes = [tuple((str(name), int(size)) for name, size in rows) for rows in fields["packs"]]
+        packs = [
+            Pack(data, tuple((str(name), int(size)) for name, size in rows), bool(ptx))
+            for data, (rows, ptx) in zip(stored, fields["packs"], strict=True)
+        ]
         indices = fields["locations"] if site.locations is None else site.locations
         origins = [None if index is None else site.nodes[index] for index in indices]
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
@@ -211,7 +214,7 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         types = {parameter.name: parameter.type for parameter in graph.parameters}
         constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
-        kernels = replace(read_table(fields["tactics"], graph), binaries=Binaries(list(map(Pack, stored, sizes))))
+        kernels = replace(read_table(fields["tactics"], graph), binaries=Binaries(packs))
         called = {str(one) for node in site.nodes for one in (node.target, *node.args[:1])} | {"python"} | CONTROL
         unexpected = {node.op for node in calls(graph) if node.kind == "fallback"} - called
         if unexpected:
