@@ -153,7 +153,8 @@ def bench(
         return [_call(function, module, values, transfers) for _ in range(threads)]
 
     made = called(module)
-    stage("compiling and measuring kernels")
+    if module.device.type == "cuda":
+        stage("compiling and measuring kernels")
     made[0]()
     if not wait(WAIT_S):
         raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
