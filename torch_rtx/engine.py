@@ -46,7 +46,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.manifest import FORMAT_VERSION, MIN_READER, Json, Manifest
 from torch_rtx.optable import ALLOWED, FILE_OPS, LAUNCH
 from torch_rtx.profiles import check_profiles
-from torch_rtx.serialization import memory_of, serialize
+from torch_rtx.serialization import Digests, memory_of, serialize
 from torch_rtx.tactics import KernelTable
 from torch_rtx.tactics_v4 import read_table_v4
 
@@ -268,32 +268,33 @@ def _read_data(
 
     from torch_rtx import aten
 
-    data, whole = hashlib.sha256(), None
+    starts = {"data": b""}
     if sha256 is not None:
         head = file.tell()
         file.seek(0)
-        whole = hashlib.sha256(file.read(head))
-    for key, info in header.tensors.items():
-        skipped = skip is not None and key.startswith(skip)
-        raw = torch.empty(min(info.nbytes, CHUNK) if skipped else info.nbytes, dtype=torch.uint8)
-        view = memory_of(raw)
-        for at in range(0, info.nbytes, CHUNK):
-            start = 0 if skipped else at
-            piece = view[start : start + min(CHUNK, info.nbytes - at)]
-            if file.readinto(piece) != len(piece):
-                raise EngineFormatError("the file was truncated while it was read")
-            data.update(piece)
-            if whole is not None:
-                whole.update(piece)
-        if skipped:
-            continue
-        if info.dtype == "bool":
-            raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
-        yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)
-    if data.hexdigest() != header.data_digest:
+        starts["file"] = file.read(head)
+    with Digests(starts, header.file_bytes) as digests:
+        for key, info in header.tensors.items():
+            skipped = skip is not None and key.startswith(skip)
+            raw = torch.empty(0 if skipped else info.nbytes, dtype=torch.uint8)
+            view = memory_of(raw)
+            for at in range(0, info.nbytes, CHUNK):
+                end = min(at + CHUNK, info.nbytes)
+                piece = memory_of(torch.empty(end - at, dtype=torch.uint8)) if skipped else view[at:end]
+                if file.readinto(piece) != len(piece):
+                    raise EngineFormatError("the file was truncated while it was read")
+                digests.update(piece)
+            if skipped:
+                continue
+            if info.dtype == "bool":
+                digests.finish()
+                raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
+            yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)
+        found = digests.finish()
+    if found["data"] != header.data_digest:
         raise EngineFormatError("the data is damaged: its digest is not the one in the header", hint=AGAIN)
-    if whole is not None and whole.hexdigest() != str(sha256).lower():
-        raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
+    if sha256 is not None and found["file"] != str(sha256).lower():
+        raise EngineFormatError(f"this is another file: its SHA-256 is {found['file']}, not {sha256}")
 
 
 def _mapped(path: File, file: BufferedIOBase) -> dict[str, Tensor]:

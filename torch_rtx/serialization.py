@@ -1,12 +1,15 @@
 """Writes the format of safetensors files, from the memory of tensors: without numpy, which the package of that name
-needs to write, and without copies. Imports no torch by itself."""
+needs to write, and without copies; and digests what is read. Imports no torch by itself."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
 
 from torch_rtx.dtypes import DTYPES
 
@@ -24,6 +27,53 @@ def memory_of(tensor: Tensor) -> memoryview:
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.owner = tensor  # type: ignore[attr-defined]  # which lives as long as the view
     return memoryview(array)
+
+
+class Digests:
+    """SHA-256 digests of bytes that are read piece by piece; of many, they are computed while the next ones are read,
+    which takes about as long. What was given to `update` must stay as it is until `finish`.
+
+    Args:
+        starts: what comes before the first piece, by digest.
+        count: of bytes that will come, about.
+    """
+
+    LARGE, AHEAD = 16 << 20, 8  # bytes that are worth threads; pieces that may wait to be digested
+
+    def __init__(self, starts: Mapping[str, bytes], count: int) -> None:
+        self._hashes = {name: hashlib.sha256(start) for name, start in starts.items()}
+        # A digest takes its pieces in order.
+        self._threads = [ThreadPoolExecutor(1, "torch_rtx digest") for _ in starts] if count >= self.LARGE else []
+        self._waiting: deque[list[Future[None]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+
+    def update(self, piece: memoryview) -> None:
+        """Take the next bytes."""
+        hashes = self._hashes.values()
+        if not self._threads:
+            for one in hashes:
+                one.update(piece)
+            return
+        pairs = zip(self._threads, hashes, strict=True)
+        self._waiting.append([thread.submit(one.update, piece) for thread, one in pairs])
+        if len(self._waiting) > self.AHEAD:
+            self._wait()
+
+    def finish(self) -> dict[str, str]:
+        """The digests of all bytes so far."""
+        while self._waiting:
+            self._wait()
+        return {name: one.hexdigest() for name, one in self._hashes.items()}
+
+    def _wait(self) -> None:
+        for piece in self._waiting.popleft():
+            piece.result()
 
 
 def serialize(

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
 import torch_rtx
 from benchmarks.numerics import assert_right, in_float64, tensors
@@ -404,6 +405,41 @@ def test_a_trusted_file_is_not_checked(engine_file, monkeypatch):
     monkeypatch.setattr("torch_rtx.runtime.file_check.FileCheck.__init__", None)
     digest = hashlib.sha256(engine_file[0].read_bytes()).hexdigest()
     assert torch_rtx.load(engine_file[0], sha256=digest)(torch.ones(4, 3), torch.tensor([1, 0])).shape == (2, 3)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_digests_of_large_files(threads, tmp_path, monkeypatch):
+    """Digests are computed beside reading, or between pieces: of all bytes, before any of them changes."""
+    monkeypatch.setattr("torch_rtx.serialization.Digests.LARGE", 0 if threads else 1 << 40)
+    monkeypatch.setattr("torch_rtx.engine.CHUNK", 7)  # many more pieces than may wait
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(9, 11))
+            self.register_buffer("mask", torch.rand(9, 11) > 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(self.mask, self.weight, x)
+
+    settings = torch_rtx.CompilationSettings(strip_weights=False)
+    model, path, x = Model(), tmp_path / "model.rtx", torch.randn(9, 11)
+    module = torch_rtx.compile(model, (x,), settings=settings)
+    torch_rtx.save(module, path)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    for options in ({}, {"mmap": True}, {"sha256": digest}, {"sha256": digest, "mmap": True}):
+        assert torch.equal(torch_rtx.load(path, **options)(x), module(x)), options
+    with pytest.raises(EngineFormatError, match=f"another file: its SHA-256 is {digest}"):
+        torch_rtx.load(path, sha256="0" * 64)
+    held = content.index(model.weight.detach().numpy().tobytes())
+    for at in (held, held + 200, held + 395):
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        for mmap in (False, True):
+            with pytest.raises(EngineFormatError, match="the data is damaged"):
+                torch_rtx.load(path, mmap=mmap)
 
 
 def test_inspect_says_what_needs_trust(tmp_path):
