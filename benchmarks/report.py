@@ -21,15 +21,17 @@ NO_COMPILER = ("eager", "aot_eager")
 SHORT = """\
 # Performance
 
-How many times faster a call is with torch_rtx than with the fastest other compiler, in a row of calls. Both take turns
-in one process, on {devices}. A workload is a model, its batch size (`b`), the length of its text (`l`) and its dtype.
+The table says how many times faster a call is with torch_rtx than with the fastest other compiler{against}.
+`reduce-overhead` and `max-autotune` are modes of `torch.compile`. Calls follow each other without waits in between;
+both sides take turns in one process, on {devices}. A workload is a model, its batch size (`b`), the length of its text
+(`l`) and its dtype.
 
 ![Times faster, by workload](performance.svg)
 
 {table}
 [How this was measured, and everything else that was](performance-details.md): all compilers, cold starts, memory,
-training, quantized models. What holds for your model on your GPU `torch-rtx bench` says, and in a clone
-`python -m benchmarks run`.
+training, quantized models. `torch-rtx bench` measures your model on your GPU; in a clone, `python -m benchmarks run`
+measures these workloads.
 """
 HEAD = """\
 # Performance, in detail
@@ -360,17 +362,18 @@ def speedups(results: Results) -> list[Speedup]:
 
 
 def speedup_table(found: Sequence[Speedup]) -> str:
-    """The same as a table."""
+    """The same as a table, which names the other compilers where there are several."""
+    several = len({one.against for one in found}) > 1
     lines = [
         [
             one.workload,
-            one.against,
+            *[one.against] * several,
             number(one.ms),
             *(f"{one.times[way]:.2f}x" if way in one.times else "" for way in WAYS),
         ]
         for one in found
     ]
-    return table(["workload", "compared with", "fastest, device ms", *WAYS], lines)
+    return table(["workload", *["compared with"] * several, "torch_rtx, device ms", *WAYS], lines)
 
 
 def _means(section: Section) -> str:
@@ -495,4 +498,6 @@ def page(results: Results) -> str:
 def short_page(found: Sequence[Speedup]) -> str:
     """The page that has what most ask for: a plot, and a table."""
     devices = " and ".join(dict.fromkeys(one.device for one in found))
-    return SHORT.format(devices=devices, table=speedup_table(found))
+    others = {one.against for one in found}
+    against = f", which is `{others.pop()}` for all of them" if len(others) == 1 else ""
+    return SHORT.format(devices=devices, against=against, table=speedup_table(found))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-Call = Callable[[], Any]
+from torch_rtx.runtime.call_times import Call, alone, in_a_row, percentile, undisturbed
 
 BLOCK_S = 0.03  # what one peer's turn should last
 CALLS = (3, 20)  # fewest and most calls of a turn
@@ -26,44 +23,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """No garbage collection in between."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def device_ms(call: Call, count: int) -> list[float]:
-    """Milliseconds from one call's end to the next one's, by events, in a row of calls without a wait between them.
-
-    This is what a steady stream of calls costs: the device's time, or the host's where that is longer. The first call
-    is not counted.
-    """
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    """Milliseconds per call in a row of calls: see `call_times.in_a_row`."""
     torch.cuda.synchronize()
-    for event in events:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return [1e3 * seconds for seconds in in_a_row(call, count)]
 
 
 def alone_ms(call: Call, count: int, device: str) -> tuple[list[float], list[float]]:
-    """Milliseconds of single calls by the wall clock, the device idle before each: until the call returns to the host,
-    and until its results are there."""
-    host, wall = [], []
-    for _ in range(count):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        host.append(1e3 * (time.perf_counter() - start))
-        synchronize(device)
-        wall.append(1e3 * (time.perf_counter() - start))
-    return host, wall
+    """Milliseconds of single calls until they return, and until their results are there: see `call_times.alone`."""
+    times = [alone(call, lambda: synchronize(device)) for _ in range(count)]
+    return [1e3 * host for host, _ in times], [1e3 * wall for _, wall in times]
 
 
 def wall_ms(call: Call, count: int, device: str) -> list[float]:
@@ -90,12 +59,7 @@ def warm_up(call: Call, device: str) -> float:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, 5th and 95th percentile."""
-    ordered = sorted(values)
-
-    def at(quantile: float) -> float:
-        return ordered[min(len(ordered) - 1, round(quantile * (len(ordered) - 1)))]
-
-    return {"median": statistics.median(ordered), "p5": at(0.05), "p95": at(0.95)}
+    return {"median": statistics.median(values), "p5": percentile(values, 5), "p95": percentile(values, 95)}
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:

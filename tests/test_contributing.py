@@ -68,11 +68,11 @@ def changed(text: str, diff: str, title: str) -> str:
 
 
 def copy(folder: Path) -> None:
-    """Copies to `folder` what the examples need."""
+    """Copies to `folder` what the examples need, with bytecode, whose writers leave files for a moment."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.pyc.*", "results"))
         else:
             shutil.copy(source, folder / name)
 

@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 
 from tests import strategies
 from tests.engine_files import ENGINE, GRAPH, MANIFEST, SMALL, digest_of, same, saved
-from torch_rtx import aten, engine
+from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES as IR_DTYPES
-from torch_rtx.engine import DTYPES, Engine, Manifest, load, read_header, save
+from torch_rtx.engine import Engine, load, read_header, save, write
+from torch_rtx.engine_header import DTYPES, TensorInfo
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.inspection import inspect
 from torch_rtx.ir import Graph, Loc, Node, Parameter, TensorType, Value, Weight, contiguous
+from torch_rtx.manifest import FORMAT_VERSION, Manifest
 
 
 def one_parameter(dtype: str, tensor: torch.Tensor, constant: bool = False) -> Engine:
@@ -127,7 +129,7 @@ def test_stripped(tmp_path: Path) -> None:
 def test_plain_safetensors_reads_it(tmp_path: Path) -> None:
     save(ENGINE, tmp_path / "model.rtx")
     with safetensors.safe_open(tmp_path / "model.rtx", "pt") as file:
-        assert sorted(file.keys()) == ["constant/table", 'weight/it\'s "odd"\n', "weight/lin.weight"]
+        assert sorted(file.keys()) == ["constant/table", "program", 'weight/it\'s "odd"\n', "weight/lin.weight"]
         assert list(file.metadata()) == ["torch_rtx"]
         assert file.get_tensor("constant/table").tolist() == [3, -4]
 
@@ -237,7 +239,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", program, tmp_path / "model.rtx"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "format 6, built by torch_rtx 0.1.0, torch 2.13.0\n" in result.stdout
+    assert f"format {FORMAT_VERSION}, built by torch_rtx 0.1.0, torch 2.13.0\n" in result.stdout
 
 
 @pytest.mark.quick
@@ -268,7 +270,7 @@ def test_header(tmp_path: Path) -> None:
     assert header.graph_text == str(GRAPH)
     assert header.manifest == load(tmp_path / "a.rtx").manifest
     assert header.file_bytes == size
-    assert header.tensors["weight/lin.weight"] == engine.TensorInfo("f32", (2, 3), 24)
+    assert header.tensors["weight/lin.weight"] == TensorInfo("f32", (2, 3), 24)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -374,7 +376,7 @@ def test_weights_that_change_while_they_are_saved(tmp_path: Path, monkeypatch: p
             return super().write(data)
 
     file = Changing()
-    engine.write(replace(ENGINE, weights=weights), file)
+    write(replace(ENGINE, weights=weights), file)
     (tmp_path / "model.rtx").write_bytes(file.getvalue())
     load(tmp_path / "model.rtx")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.engine_files import ENGINE, GRAPH, SMALL, forge, saved
-from torch_rtx import engine
-from torch_rtx.engine import FORMAT_VERSION, Manifest, load, read_header, save
+from torch_rtx import engine_header
+from torch_rtx.engine import load, read_header, save
+from torch_rtx.engine_header import MAX_GRAPH, MAX_TABLES
 from torch_rtx.errors import EngineFormatError, EngineVersionError
 from torch_rtx.inspection import inspect
+from torch_rtx.manifest import FORMAT_VERSION, Manifest
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
@@ -27,13 +30,14 @@ from torch_rtx.inspection import inspect
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     path = tmp_path / "model.rtx"
     raw, generator = saved(path, SMALL), random.Random(0)
+    data = 8 + int.from_bytes(raw[:8], "little")  # three bytes, and then the program
     for at in range(len(raw)):
         damaged = bytearray(raw)
         damaged[at] ^= generator.randrange(1, 256)
         path.write_bytes(damaged)
         with pytest.raises(EngineFormatError):
             load(path)
-        if at < len(raw) - 3:  # reading the header leaves the data alone
+        if not 0 <= at - data < 3:  # reading the header leaves the data alone
             with pytest.raises(EngineFormatError):
                 read_header(path)
 
@@ -122,8 +126,10 @@ def test_versions(tmp_path: Path, version: int, reader: int) -> None:
 
 
 def test_a_newer_format_that_this_reader_understands(tmp_path: Path) -> None:
-    path = forge(tmp_path / "model.rtx", lambda p: p["manifest"].update(format_version=7, new_field=[1]))
-    assert load(path).manifest.format_version == 7
+    path = forge(
+        tmp_path / "model.rtx", lambda p: p["manifest"].update(format_version=FORMAT_VERSION + 1, new_field=[1])
+    )
+    assert load(path).manifest.format_version == FORMAT_VERSION + 1
     save(load(path), path)
     assert load(path).manifest.format_version == FORMAT_VERSION
 
@@ -173,6 +179,47 @@ def test_stripped_must_be_true(tmp_path: Path) -> None:
         )
 
 
+def program(**changes: Any) -> Callable[[bytes], bytes]:
+    """Changes what the header says of the program."""
+
+    def change(raw: bytes) -> bytes:
+        header = json.loads(raw)
+        inner = json.loads(header["__metadata__"]["torch_rtx"])
+        inner["program"] = {name: value for name, value in {**inner["program"], **changes}.items() if value is not None}
+        header["__metadata__"]["torch_rtx"] = json.dumps(inner, separators=(",", ":"))
+        return json.dumps(header, separators=(",", ":")).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: wrong} for name in ("tables", "graph") for wrong in (None, -1, 1.0, True, 0, 1, 2**62, "1")),
+        *({"digest": wrong} for wrong in (None, 1, "0" * 64)),
+        *({"codec": wrong} for wrong in (None, 1, "", "xz", "lz4", ["zlib"])),
+        {"tables": MAX_TABLES},
+        {"graph": MAX_GRAPH},
+    ],
+)
+def test_a_header_that_is_wrong_about_the_program(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "a.rtx"
+    saved(path)
+    assert load(resign(path, program())).graph == GRAPH
+    resign(path, program(**changes))
+    for read in (load, read_header, inspect):
+        with pytest.raises(EngineFormatError, match="program|graph"):
+            read(path)
+
+
+def test_a_header_without_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "a.rtx"
+    for old, new in ((b"program\\", b"programs\\"), (b'"program":', b'"programs":')):
+        assert old in saved(path)
+        with pytest.raises(EngineFormatError, match="does not describe a program"):
+            load(resign(path, lambda raw, old=old, new=new: raw.replace(old, new)))
+
+
 @pytest.mark.parametrize("manifest", [None, [], "x", 1])
 def test_no_manifest(tmp_path: Path, manifest: object) -> None:
     with pytest.raises(EngineFormatError, match="no manifest"):
@@ -181,12 +228,18 @@ def test_no_manifest(tmp_path: Path, manifest: object) -> None:
 
 @pytest.mark.parametrize("graph", [None, [], 1])
 def test_no_graph(tmp_path: Path, graph: object) -> None:
+    """The header of a file up to format 6 has it."""
+
+    def edit(program: dict[str, Any]) -> None:
+        program["graph"] = graph
+        program["manifest"]["format_version"] = 6
+
     with pytest.raises(EngineFormatError, match="no graph"):
-        load(forge(tmp_path / "a.rtx", lambda p: p.update(graph=graph)))
+        load(forge(tmp_path / "a.rtx", edit))
 
 
 def test_another_graph_than_the_manifest_says(tmp_path: Path) -> None:
-    path = forge(tmp_path / "a.rtx", lambda p: p.update(graph=p["graph"].replace("1, 64", "1, 65")))
+    path = forge(tmp_path / "a.rtx", lambda p: p["manifest"]["digests"].update(graph="0" * 64))
     with pytest.raises(EngineFormatError, match="not the one that the manifest was written for"):
         read_header(path)
 
@@ -220,7 +273,6 @@ def test_graphs_that_are_refused(tmp_path: Path, message: str, text: str) -> Non
 
     def edit(program: dict[str, Any]) -> None:
         program["graph"] = text
-        del program["manifest"]["digests"]["graph"]
 
     path = forge(tmp_path / "a.rtx", edit)
     for read in (load, inspect):
@@ -278,7 +330,7 @@ def resign(path: Path, change: Callable[[bytes], bytes]) -> Path:
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     old = raw[8 : 8 + length]
-    digest = engine.PREFIX.match(old)[1]  # type: ignore[index]
+    digest = engine_header.PREFIX.match(old)[1]  # type: ignore[index]
     body = change(old.replace(digest, b"0" * 64, 1))
     start = len(body).to_bytes(8, "little")
     path.write_bytes(

@@ -22,6 +22,18 @@ from tests.engine_files import ENGINE, forge, saved
 from tests.helpers.kernels import GRAPH
 from tests.paths import ENGINES
 from torch_rtx import tactics
+from torch_rtx.binaries import (
+    MAX_BINARY,
+    Binaries,
+    Pack,
+    compress,
+    decompress,
+    digest,
+    named,
+    packs_of,
+    with_differences,
+    with_numbers,
+)
 from torch_rtx.cli.app import app
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
@@ -30,12 +42,12 @@ from torch_rtx.ir import Expr, Sym, dim_expr
 from torch_rtx.irparse import parse, parse_dim
 from torch_rtx.manifest import FORMAT_VERSION
 from torch_rtx.runtime.tuning_context import tactics_and_context
-from torch_rtx.tactics import MAX_BINARY, OWN, KernelTable, Launch, Tactic, Variant, pack, unpack
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, Variant
 from torch_rtx.tactics_v4 import read_table_v4
 from torch_rtx.targets import PTX, Target
 
 S = GRAPH.syms["s"]
-BINARIES = dict(pack(bytes([number]) * (500 + number)) for number in range(3))
+BINARIES = dict(named(bytes([number]) * (500 + number)) for number in range(3))
 FIRST, SECOND, THIRD = BINARIES
 SHARED = Launch(
     (S, dim_expr("*", 4, S)),
@@ -92,16 +104,17 @@ def test_round_trip(tmp_path: Path) -> None:
     turned = KernelTable(dict(reversed(TABLE.tactics.items())), dict(reversed(BINARIES.items())))
     assert raw == saved(tmp_path / "c.rtx", replace(WITH_KERNELS, kernels=turned))
     with safetensors.safe_open(tmp_path / "a.rtx", "pt") as file:
-        assert sorted(file.keys()) == sorted(f"kernel/{name}" for name in BINARIES)
+        stored = {key: bytes(file.get_tensor(key).tolist()) for key in file.keys() if key != "program"}  # noqa: SIM118
+        assert sorted(file.keys()) == sorted([*stored, "program"])
+    assert set(stored) == {f"kernels/{digest(data)}" for data in stored.values()}
+    assert len(stored) == 2  # FIRST and SECOND serve the same targets
 
 
-def test_readers_of_format_1_read_files_without_kernels(tmp_path: Path) -> None:
-    for engine, reader in ((WITH_KERNELS, 5), (replace(WITH_KERNELS, kernels=KernelTable()), 1), (ENGINE, 1)):
+def test_older_readers_refuse_the_format(tmp_path: Path) -> None:
+    for engine in (WITH_KERNELS, replace(ENGINE, manifest=replace(MANIFEST, min_reader=2))):
         save(engine, tmp_path / "a.rtx")
         manifest = load(tmp_path / "a.rtx").manifest
-        assert (manifest.format_version, manifest.min_reader) == (FORMAT_VERSION, reader)
-    save(replace(load(tmp_path / "a.rtx"), manifest=replace(MANIFEST, min_reader=2)), tmp_path / "a.rtx")
-    assert load(tmp_path / "a.rtx").manifest.min_reader == 1
+        assert (manifest.format_version, manifest.min_reader) == (FORMAT_VERSION, FORMAT_VERSION)
 
 
 def test_readers_of_format_5_refuse_kernels_that_add_in_memory() -> None:
@@ -113,7 +126,6 @@ def test_split_bodies(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_SPLITS)
     got = load(tmp_path / "a.rtx")
     assert got.kernels == SPLIT_TABLE
-    assert (got.manifest.format_version, got.manifest.min_reader) == (FORMAT_VERSION, 5)
     assert raw == saved(tmp_path / "b.rtx", got)
     assert inspect(tmp_path / "a.rtx").kernels["compute_80"][0] == 3
 
@@ -121,8 +133,8 @@ def test_split_bodies(tmp_path: Path) -> None:
 def test_inspect(tmp_path: Path) -> None:
     save(WITH_KERNELS, tmp_path / "a.rtx")
     seen = inspect(tmp_path / "a.rtx")
-    both = len(BINARIES[FIRST]) + len(BINARIES[SECOND])
-    expected = {"sm_80": (1, both), "sm_86": (1, both), "sm_120": (1, both), "compute_80": (1, len(BINARIES[THIRD]))}
+    both, third = (len(pack.stored) for pack in packs_of([sorted((FIRST, SECOND)), [THIRD]], BINARIES))
+    expected = {"sm_80": (1, both), "sm_86": (1, both), "sm_120": (1, both), "compute_80": (1, third)}
     assert seen.kernels == expected
     assert list(seen.kernels) == list(expected)
     line = f"sm_80: 1, {both} B; fastest by expectation: 1 kernel"
@@ -162,27 +174,67 @@ def test_binaries_of_a_file_run_only_if_it_is_trusted(tmp_path: Path, monkeypatc
 
 
 def test_pack() -> None:
-    binary = bytes(range(256)) * 100
-    name, stored = pack(binary)
-    assert len(stored) < 1000
-    assert name == tactics.digest(stored) != tactics.digest(binary)
-    assert unpack(stored) == binary
-    assert pack(binary) == (name, stored)
+    names = dict(named(bytes([number]) * 1000) for number in range(3))
+    first, second, third = names
+    packs = packs_of([[first, third], [second]], names)
+    assert [pack.names() for pack in packs] == [(first, third), (second,)]
+    assert all(len(pack.stored) < 150 for pack in packs)
+    read = Binaries(packs)
+    assert read == names
+    assert read[third] is read[third]  # decompressed once
+    single = Pack(compress(names[first]), None)
+    assert Binaries([single]) == {single.names()[0]: names[first]}
+
+
+PTX_TEXT = b".reg .b32 %r<9>; // %rd %laneid\n" + b"".join(
+    b"add.s32 %%r%d, %%r%d, 0x%d;\nld.b64 {%%rd%d}, [%%rd%d+5];\n" % (n + 2, n, n % 3, 2 * n, n) for n in range(90)
+)
+
+
+@pytest.mark.parametrize("text", [PTX_TEXT, PTX_TEXT + b"[%r+5]", PTX_TEXT + b"%r007", PTX_TEXT + b"%r1234567890"])
+def test_ptx_in_packs(text: bytes) -> None:
+    """Registers as differences, where that can be undone."""
+    names = dict(named(one) for one in (text, PTX_TEXT[:1000]))
+    (pack,) = packs_of([list(names)], names)
+    assert Binaries([pack]) == names
+    assert pack.ptx is (text in (PTX_TEXT, PTX_TEXT + b"%r1234567890"))
+    assert pack.key.startswith("ptx/" if pack.ptx else "kernels/")
+
+
+def test_ptx_takes_less_as_differences() -> None:
+    names = dict([named(PTX_TEXT)])
+    (pack,) = packs_of([list(names)], names)
+    assert len(pack.stored) < 0.7 * len(compress(PTX_TEXT))
+    assert with_numbers(with_differences(PTX_TEXT)) == PTX_TEXT
+
+
+def test_a_large_group_is_several_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_rtx.binaries.FULL", 1200)
+    packs = packs_of([list(BINARIES)], BINARIES)  # of 500, 501 and 502 bytes
+    assert [pack.names() for pack in packs] == [(FIRST, SECOND), (THIRD,)]
+    assert Binaries(packs) == BINARIES
+
+
+@pytest.mark.parametrize("rows", [[(FIRST, 499)], [(FIRST, 501)], [(SECOND, 500)], [(FIRST, 500), (SECOND, 0)]])
+def test_packs_with_other_binaries_than_they_say(rows: list[tuple[str, int]]) -> None:
+    (pack,) = packs_of([[FIRST]], BINARIES)
+    with pytest.raises(EngineFormatError, match="what is compressed|is damaged"):
+        Pack(pack.stored, tuple(rows)).unpacked()
 
 
 def test_what_does_not_unpack() -> None:
     bomb = lzma.compress(bytes(MAX_BINARY + 1), check=lzma.CHECK_NONE)
     assert len(bomb) < 20_000
-    good = pack(b"binary")[1]
+    good = compress(b"binary")
     for stored in (b"", b"\x7fELF" + bytes(100), good[:-8], good + b"more", bomb):
-        with pytest.raises(EngineFormatError, match="a binary of a kernel"):
-            unpack(stored)
+        with pytest.raises(EngineFormatError, match="decompressed|what is compressed"):
+            decompress(stored)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_unpack_or_are_refused(stored: bytes) -> None:
     with pytest.raises(EngineFormatError):
-        unpack(stored)
+        decompress(stored)
 
 
 # ---- dims ------------------------------------------------------------------------------------------------------------
@@ -395,32 +447,60 @@ def test_old_tables_that_are_refused(launches: Any, splits: Any) -> None:
         read_table_v4(launches, splits, GRAPH)
 
 
-def binary(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda header: header[f"kernel/{FIRST}"].update(changes)
+PACK, OTHER = (pack.key for pack in packs_of([sorted((FIRST, SECOND)), [THIRD]], BINARIES))
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 
 
 @pytest.mark.parametrize(
     "outer",
     [
-        binary(dtype="I8"),
-        binary(shape=[1, len(BINARIES[FIRST])]),
-        lambda header: header.pop(f"kernel/{FIRST}"),
-        lambda header: header.update({f"kernel/{'0' * 32}": header.pop(f"kernel/{FIRST}")}),
-        lambda header: header.update({"kernel/": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+        lambda header: header[PACK].update(dtype="I8"),
+        lambda header: header[PACK].update(shape=[1, *header[PACK]["shape"]]),
+        lambda header: header.pop(PACK),
+        lambda header: header.update({f"kernels/{'0' * 32}": header.pop(PACK)}),
+        lambda header: header.update({"kernels/": EMPTY}),
+        lambda header: header.update({f"kernel/{FIRST}": EMPTY}),
     ],
-    ids=["dtype", "rank", "missing", "renamed", "unexpected"],
+    ids=["dtype", "rank", "missing", "renamed", "unexpected", "of format 6"],
 )
 def test_tensors_that_are_refused(tmp_path: Path, outer: Callable[[dict[str, Any]], object]) -> None:
     with pytest.raises(EngineFormatError):
         load(forge(tmp_path / "a.rtx", outer=outer, what=WITH_KERNELS))
 
 
-def test_a_binary_that_is_another(tmp_path: Path) -> None:
-    raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
-    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+@pytest.mark.parametrize(
+    "rows",
+    [None, 1, [None], [[FIRST]], [[FIRST, "500"], [SECOND, 501]], [[FIRST, 500, 1]], [[FIRST, 500]], [[1, 500]]]
+    + [[[FIRST, -1], [SECOND, 501]], [[FIRST, MAX_BINARY], [SECOND, 1]], [[FIRST, 1], [SECOND, 1], [THIRD, 1]]],
+)
+def test_tables_of_binaries_that_are_refused(tmp_path: Path, rows: Any) -> None:
+    path = forge(tmp_path / "a.rtx", lambda program: program["packs"].update({PACK: rows}), what=WITH_KERNELS)
+    for read in (load, inspect):
+        with pytest.raises(EngineFormatError):
+            read(path)
+
+
+def test_a_pack_that_is_another(tmp_path: Path) -> None:
+    """One with another digest than its name is refused; one whose binaries are others, when they are asked for."""
+    with safetensors.safe_open(saved_path(tmp_path), "pt") as file:
+        data = b"".join(bytes(file.get_tensor(key).tolist()) for key in sorted((PACK, OTHER)))
     path = forge(tmp_path / "a.rtx", data=data[:-1] + bytes([data[-1] ^ 1]), what=WITH_KERNELS)
     with pytest.raises(EngineFormatError, match="is damaged: its digest is not its name"):
         load(path)
+
+    def swap(program: dict[str, Any]) -> None:
+        rows = program["packs"][PACK]
+        rows[0][0], rows[1][0] = rows[1][0], rows[0][0]
+
+    got = load(forge(path, swap, what=WITH_KERNELS))
+    with pytest.raises(EngineFormatError, match="is damaged: its digest is not its name"):
+        got.kernels.binaries[FIRST]
+    assert got.kernels.binaries[THIRD] == BINARIES[THIRD]
+
+
+def saved_path(folder: Path) -> Path:
+    saved(folder / "a.rtx", WITH_KERNELS)
+    return folder / "a.rtx"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
@@ -456,8 +536,8 @@ UNSAVED: dict[str, Engine] = {
     "both has a target without tactics": table(tactics={**TABLE.tactics, "both": {PTX: ()}}),
     "kernel both has a target without": table(tactics={**TABLE.tactics, "both": {}}),
     "launched as PTX and as a binary": table(tactics={**TABLE.tactics, "both": {PTX: BOTH, Target(80): BOTH}}),
-    "missing: kernel/": table(binaries={FIRST: BINARIES[FIRST], SECOND: BINARIES[SECOND]}),
-    "unexpected: kernel/": table(binaries={**BINARIES, "0" * 32: b""}),
+    "binaries do not fit the graph; missing": table(binaries={FIRST: BINARIES[FIRST], SECOND: BINARIES[SECOND]}),
+    "missing: none; unexpected: 000": table(binaries={**BINARIES, "0" * 32: b""}),
 }
 
 

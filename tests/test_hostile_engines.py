@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine_files import forge
+from tests.engine_files import Parts, forge
 from tests.paths import ROOT
+from torch_rtx.binaries import compress
 from torch_rtx.engine import Engine
-from torch_rtx.irparse import parse
+from torch_rtx.engine_header import MAX_GRAPH, MAX_TABLES
+from torch_rtx.irparse import MAX_LINES, parse
 from torch_rtx.manifest import Manifest
 
 SECONDS, MEGABYTES = 2.0, 300  # for each file; a slow machine gets twice the second that is promised
@@ -125,6 +128,7 @@ REFUSED = {
     "results": graph(
         f"{', '.join(f'y{index}: f32[4]' for index in range(15_000))} = view aten.unbind.int(self=x)", "return [y0]"
     ),
+    "many lines": call("extern aten.relu.default(self=x)" + "\n" * MAX_LINES),
     "pieces": call("view aten.unbind.int(self=z)", "f32[4, 4]", SPREAD),
 }
 CALLED = {  # what a call does
@@ -152,6 +156,16 @@ CALLED = {  # what a call does
         "result",
     ),
 }
+GIGABYTE = zlib.compress(bytes(2**30), 9)
+BOMBS: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "more than it says": (GIGABYTE, {}),
+    "more than it says, by LZMA": (compress(bytes(2**26)), {"codec": "xz"}),
+    "a gigabyte": (GIGABYTE, {"graph": 2**30}),
+    "spaces": (zlib.compress(b" " * (MAX_TABLES + MAX_GRAPH)), {"tables": MAX_TABLES, "graph": MAX_GRAPH}),
+    "objects": (zlib.compress(b"[" + b"{}," * (MAX_TABLES // 3 - 1) + b"0]"), {"tables": MAX_TABLES // 3 * 3 - 1}),
+    "nested": (zlib.compress(b"[" * MAX_TABLES), {"tables": MAX_TABLES, "graph": 0}),
+    "lines": (zlib.compress(b'{"manifest":{}}' + b"\n" * MAX_GRAPH), {"tables": 15, "graph": MAX_GRAPH}),
+}
 Outcome = list[Any]
 
 
@@ -163,7 +177,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     for name, text in texts.items():
         write(folder / f"{name}.rtx", text)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, *(f"{name}.rtx" for name in texts)]
+    good = Parts.of((folder / "heap.rtx").read_bytes())
+    for name, (stored, sizes) in BOMBS.items():
+        (folder / f"{name}.rtx").write_bytes(good.join(stored, **sizes))
+    command = [sys.executable, "-c", SCRIPT, *(f"{name}.rtx" for name in (*texts, *BOMBS))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, f"{lines[-1]} ended the process: {run.stderr[-2000:]}"
@@ -180,16 +197,15 @@ def write(path: Path, text: str) -> None:
 
     def edit(program: dict[str, Any]) -> None:
         program["graph"] = text
-        del program["manifest"]["digests"]["graph"]
 
     empty = Engine(parse("graph fused {\n  return []\n}\n"), Manifest("cpu", ("x",), SIGNATURE), {}, {})
     forge(path, edit, lambda header: header.update(table), b"".join(t.numpy().tobytes() for t in data.values()), empty)
 
 
-@pytest.mark.parametrize("name", REFUSED | CALLED)
+@pytest.mark.parametrize("name", REFUSED | BOMBS | CALLED)
 def test_a_hostile_file(name: str, outcomes: dict[str, Outcome]) -> None:
     stage, kind, message, seconds, megabytes = outcomes[name]
-    if name in REFUSED:
+    if name not in CALLED:
         assert (stage, kind) in (("loaded", "EngineFormatError"), ("loaded", "InvalidIR")), message
     else:
         assert (stage, kind) == ("called", CALLED[name][1]), message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +16,43 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torch_rtx
-from torch_rtx.errors import CaptureError, EngineFormatError, InputError, RefitError, RtxError, SettingsError
+from torch_rtx.errors import (
+    CaptureError,
+    EngineFormatError,
+    EnginePlatformError,
+    InputError,
+    QuantizationError,
+    RefitError,
+    RtxError,
+    SettingsError,
+)
+from torch_rtx.targets import parse_targets
 
 X = torch.ones(2, 4)
+OTHER = "linux" if sys.platform == "win32" else "windows"
+
+
+class Scaled(nn.Module):
+    """Takes a number beside its tensor."""
+
+    def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        return x if scale is None else scale * x
 
 
 @dataclass
 class Place:
-    """A folder with an engine `model.rtx` of a model, and the model."""
+    """A folder with an engine `model.rtx` of a model, and the model.
+
+    Attributes:
+        ranged: takes sizes of 1 to 8, and the default of the number.
+        fixed: was built for the number 2.
+    """
 
     folder: Path
     model: nn.Module
     engine: torch_rtx.CompiledModule
+    ranged: torch_rtx.CompiledModule
+    fixed: torch_rtx.CompiledModule
 
     def __truediv__(self, name: str) -> str:
         return str(self.folder / name)
@@ -41,8 +67,19 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
-    found = Place(tmp_path_factory.mktemp("mistakes"), model, torch_rtx.compile(model, (X,)))
+    batch = torch_rtx.Input(min_shape=(1, 4), opt_shape=(2, 4), max_shape=(8, 4), shared_dims={0: "batch"})
+    engines = (
+        torch_rtx.compile(model, (X,)),
+        torch_rtx.compile(Scaled(), (batch,)),
+        torch_rtx.compile(Scaled(), (X, 2.0)),
+    )
+    found = Place(tmp_path_factory.mktemp("mistakes"), model, *engines)
     torch_rtx.save(found.engine, found / "model.rtx")
+    other = torch_rtx.compile(Scaled(), (X,), platform=OTHER)
+    torch_rtx.save(other, found / "other.rtx")
+    whole = Path(found / "model.rtx").read_bytes()
+    Path(found / "short.rtx").write_bytes(whole[:100])
+    Path(found / "bad.rtx").write_bytes(whole.replace(b"relu", b"rolu"))
     torch.save(model.state_dict(), found / "model.pt")
     save_file(model.state_dict(), found / "w.st")
     (found.folder / "empty").mkdir()
@@ -109,6 +146,64 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
         "sm_75, Turing, is the oldest",
     ),
     ("a GPU that is too old", lambda p: torch_rtx.CompilationSettings(targets="V100"), SettingsError, "'V100'", "T4"),
+    (
+        "one GPU of several",
+        lambda p: torch_rtx.CompilationSettings(device="cuda:1"),
+        SettingsError,
+        "option device must be None",
+        'load(path, device="cuda:1")',
+    ),
+    ("another type", lambda p: rtx(min_block_size="3"), SettingsError, "min_block_size must be an int", "not '3'"),
+    (
+        "no such mode",
+        lambda p: torch.compile(torch.relu, backend="rtx", mode="fast")(X),
+        SettingsError,
+        "'fast'",
+        "max-",
+    ),
+    (
+        "no such strategy",
+        lambda p: torch_rtx.RuntimeSettings(specialization_strategy="never"),
+        SettingsError,
+        "specialization_strategy must be 'lazy'",
+        "not 'never'",
+    ),
+    (
+        "no budget",
+        lambda p: torch_rtx.RuntimeSettings(weight_streaming_budget="lots"),
+        SettingsError,
+        '"2GiB"',
+        "not 'lots'",
+    ),
+    (
+        "over all",
+        lambda p: torch_rtx.RuntimeSettings(weight_streaming_budget="150%"),
+        SettingsError,
+        '"50%"',
+        "not '150%'",
+    ),
+    (
+        "no such operator",
+        lambda p: torch_rtx.compile(p.model, (X,), torch_executed_ops=["aten.softmux"]),
+        SettingsError,
+        "no operator aten.softmux",
+        "names look like aten.exp",
+    ),
+    (
+        "no such pass",
+        lambda p: torch_rtx.compile(p.model, (X,), disabled_passes=["fuze"]),
+        SettingsError,
+        "unknown passes fuze",
+        "the passes are simplify",
+    ),
+    (
+        "of runtime settings",
+        lambda p: torch_rtx.runtime_settings(static_outputs=True).__enter__(),
+        SettingsError,
+        "static_outputs can't be changed per call",
+        "cuda_graph_strategy can",
+    ),
+    ("no GPU here", lambda p: parse_targets("current"), SettingsError, "needs a CUDA GPU", 'such as "RTX 4090"'),
     ("no name", lambda p: torch_rtx.CompilationSettings(2), SettingsError, "given by name", "2 has none"),
     (
         "an object of settings",
@@ -136,6 +231,18 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("another name", lambda p: p.engine(x=X), InputError, "unexpected argument x", "built for (input)"),
     ("twice", lambda p: p.engine(X, input=X), InputError, "argument input is given twice", "by position and by name"),
     ("no weights yet", lambda p: p.load()(X), RtxError, "weight-stripped", "module.refit("),
+    (
+        "out of range",
+        lambda p: p.ranged(torch.ones(9, 4)),
+        InputError,
+        "'x' is 9",
+        "outside its range batch = 1..8",
+    ),
+    ("a number", lambda p: p.engine(1.0), InputError, "'input' is a float", "expected a tensor"),
+    ("not the default", lambda p: p.ranged(X, scale=2.0), InputError, "unexpected argument scale", "which is not None"),
+    ("another number", lambda p: p.fixed(X, 3.0), InputError, "argument scale is 3.0", "was built for 2.0"),
+    ("a tensor for a number", lambda p: p.fixed(X, X), InputError, "argument scale is a Tensor", "was built for 2.0"),
+    ("another device", lambda p: p.engine.to("xpu:9"), RtxError, "runs on cpu and can't move", "torch_rtx.load(path"),
     ("half precision", lambda p: p.engine.half(), RtxError, "can't become torch.float16", "convert the model"),
     ("training mode", lambda p: p.engine.train(), RtxError, "can't change to training mode", "torch.compile"),
     # save
@@ -150,7 +257,24 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("swapped", lambda p: torch_rtx.save(p / "a.rtx", p.engine), RtxError, "not a str", "the module comes first"),  # type: ignore[arg-type]
     ("a text buffer", lambda p: torch_rtx.save(p.engine, io.StringIO()), RtxError, "opened for text", "io.BytesIO"),  # type: ignore[arg-type]
     ("no folder", lambda p: torch_rtx.save(p.engine, p / "no/a.rtx"), FileNotFoundError, "No such file", "no/a.rtx"),
+    ("a folder", lambda p: torch_rtx.save(p.engine, p / "empty"), IsADirectoryError, "Is a directory", "empty"),
+    ("nothing", lambda p: torch_rtx.save(p.engine, None), RtxError, "not a NoneType", "pass its path"),  # type: ignore[arg-type]
     # load
+    (
+        "a part of a file",
+        lambda p: torch_rtx.load(p / "short.rtx"),
+        EngineFormatError,
+        "is incomplete",
+        "copy the file",
+    ),
+    ("a damaged file", lambda p: torch_rtx.load(p / "bad.rtx"), EngineFormatError, "is damaged", "copy the file again"),
+    (
+        "of another system",
+        lambda p: torch_rtx.load(p / "other.rtx"),
+        EnginePlatformError,
+        f"built for {OTHER}",
+        'platform="any"',
+    ),
     ("no such device", lambda p: p.load(device="gpu"), SettingsError, "can't run on 'gpu'", '"cpu", "cuda"'),
     ("another device", lambda p: p.load(device="meta"), SettingsError, "can't run on 'meta'", '"cpu", "cuda"'),
     ("too many devices", lambda p: p.load(device="cuda:99"), SettingsError, "no device cuda:99", 'device="cpu"'),
@@ -246,7 +370,63 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
         "an argument is outside of what dynamic_shapes declares: 2 not in range [4, 8]",
         "sizes in the ranges",
     ),
+    ("nothing to capture", lambda p: torch_rtx.compile(p.model), CaptureError, "not NoneType", "compile(model, (x,))"),
+    ("too many", lambda p: torch_rtx.compile(p.model, (X, X)), CaptureError, "too many positional", "forward(input"),
+    (
+        "a class",
+        lambda p: torch_rtx.compile(nn.Linear, (X,)),
+        CaptureError,
+        "cannot export a type",
+        "pass an nn.Module",
+    ),  # type: ignore[arg-type]
+    (
+        "no such argument",
+        lambda p: torch_rtx.compile(p.model, (X,), dynamic_shapes={"y": {0: torch.export.Dim("b")}}),
+        CaptureError,
+        "here they are ['y'].\n",
+        "the structure of the arguments",
+    ),
+    ("of Torch-TensorRT", lambda p: torch_rtx.Input((1, 4), format="NHWC"), InputError, "has no format", "min_shape"),
+    ("no opt_shape", lambda p: torch_rtx.Input(min_shape=(1,), max_shape=(2,)), InputError, "opt_shape=None", "tuple"),
+    (
+        "the wrong way round",
+        lambda p: torch_rtx.Input(min_shape=(9,), opt_shape=(4,), max_shape=(2,)),
+        InputError,
+        "on axis 0 min 9",
+        "opt 4, max 2",
+    ),
+    ("a name", lambda p: torch_rtx.Input((1,), dtype="half"), InputError, "must be a torch.dtype", "not 'half'"),  # type: ignore[arg-type]
+    # quantization
+    (
+        "no such preset",
+        lambda p: torch_rtx.quantize(p.model, "int3"),
+        QuantizationError,
+        "no preset 'int3'",
+        "presets: ",
+    ),
+    ("no data", lambda p: torch_rtx.quantize(p.model, "int8"), QuantizationError, "needs data", "a forward_loop"),
     # looking inside
+    (
+        "no model",
+        lambda p: torch_rtx.runtime.enable_cudagraphs(p.model).__enter__(),
+        RtxError,
+        "not compiled",
+        "pass a",
+    ),
+    (
+        "no engine",
+        lambda p: torch_rtx.runtime.weight_streaming(p.model).__enter__(),  # type: ignore[arg-type]
+        RtxError,
+        "of a Sequential can't be streamed",
+        "build an engine",
+    ),
+    (
+        "no such GPU",
+        lambda p: torch_rtx.check_engine(p / "model.rtx", "RTX 9999"),
+        SettingsError,
+        "unknown target 'RTX 9999'",
+        "known are sm_75",
+    ),
     ("a model", lambda p: torch_rtx.profile(p.model, X), RtxError, "no engine ran", "pass what torch_rtx.compile"),
     ("no engine", lambda p: torch_rtx.inspect(p.engine), RtxError, "an engine is a file", "pass its path"),  # type: ignore[arg-type]
     (

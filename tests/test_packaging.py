@@ -92,6 +92,15 @@ def test_load_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert total < 5e6
 
 
+def test_the_import_loads_no_more_than_it_needs() -> None:
+    """Neither torch nor `typing`, which alone takes longer."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import torch_rtx; print(*sys.modules)"
+    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in loaded if name.startswith("torch")} == {"torch_rtx", "torch_rtx.version"}
+    assert "typing" not in loaded
+
+
 def test_metadata() -> None:
     assert PROJECT["version"] == torch_rtx.__version__
     assert (ROOT / PROJECT["readme"]).is_file()

@@ -9,7 +9,6 @@ import linecache
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -116,13 +115,14 @@ def test_command_exists(command: str) -> None:
         assert (ROOT / first).is_file()
 
 
-def test_by_hand() -> None:
+def test_by_hand(tmp_path: Path) -> None:
     """The tour of the stages runs, and its result agrees with eager's."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / "by_hand.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "8. against eager" in done.stdout
+    process = forked(run_block, (ROOT / "examples" / "by_hand.py").read_text(), tmp_path, dict(os.environ))
+    process.join(120)
+    process.kill()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said
+    assert "8. against eager" in said
 
 
 def anchors(page: Path) -> set[str]:

@@ -24,6 +24,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 UNUSABLE = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')
 LONGEST = 120  # below the folder of the caches, which users have deep below their own: 260 are allowed in all
 _POSIX = {"os.fork", "os.forkpty", "os.link", "os.symlink", "os.chown", "fcntl.flock", "fcntl.lockf"}
+_LOOKED_AT = frozenset({"open", "os.rename", "os.remove", "os.rmdir"} | _POSIX)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -51,7 +52,7 @@ def install() -> None:
 
 
 def _check(event: str, args: tuple[Any, ...]) -> None:
-    if _suspended:
+    if event not in _LOOKED_AT or _suspended:  # millions of events are of attributes and frames
         return
     if event == "os.rename":
         if _in_package():
@@ -65,7 +66,7 @@ def _check(event: str, args: tuple[Any, ...]) -> None:
         writes = isinstance(flags, int) and flags & _WRITING and not isinstance(path, int)
         if writes and _in_package():
             _check_name(os.fsdecode(path))
-    elif event in _POSIX and _in_package():
+    elif _in_package():
         raise NotOnWindows(event)
 
 

@@ -1,4 +1,4 @@
-"""Writes the engines of `tests/engines/v6`, which every later release must read: python -m tests.write_engines
+"""Writes the engines of `tests/engines/v7`, which every later release must read: python -m tests.write_engines
 
 Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
 `NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
@@ -29,7 +29,7 @@ from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = ENGINES / "v6"
+FOLDER = ENGINES / "v7"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:

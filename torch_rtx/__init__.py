@@ -12,11 +12,13 @@ Importing the package loads no other part of it: each name below is imported on 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from torch_rtx.version import __version__ as __version__
 
+TYPE_CHECKING = False  # that of `typing`, whose import would take most of the time of this one
 if TYPE_CHECKING:
+    from typing import Any
+
     from torch_rtx import quantization as quantization
     from torch_rtx import runtime as runtime
     from torch_rtx.backend.build import compile

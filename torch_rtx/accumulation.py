@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch_rtx.foreign import starts_of
 from torch_rtx.ir import UPDATES, Attr, Graph, Node, TensorType, Value, attr_values
 
-ALWAYS = frozenset(("aten.index_add.default", "aten.scatter_add.default"))
+CAPTURED = "torch_rtx.flex_attention_grad_captured.default"  # adds gradients at places that a text computes
+ALWAYS = frozenset(("aten.index_add.default", "aten.scatter_add.default", CAPTURED))
 PUTS = frozenset(("aten.index_put.default", "aten._unsafe_index_put.default"))
 SCATTERS = frozenset(("aten.scatter.src", "aten.scatter.value"))
 COPIES = frozenset(f"aten.{name}" for name in ("index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor"))

@@ -141,11 +141,6 @@ def quantize_nvfp4(x: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tenso
     return _data([part / whole for part in parts], format_), scales
 
 
-def nvfp4_tensor_scale(largest: Tensor) -> Tensor:
-    """The scale of a tensor whose largest absolute value is `largest`: its largest block scale is that of float8."""
-    return largest.float() / (torch.finfo(E4M3).max * E2M1_MAX)
-
-
 def dequantize(data: Tensor, scales: Tensor) -> Tensor:
     """The values, float32 [..., K], of data [..., K], or [..., K / 2] of e2m1, and scales [..., K / size]."""
     values = unpack_e2m1(data) if data.dtype == E2M1_X2 else data.float()

@@ -1,4 +1,4 @@
-"""Attention whose scores a function modifies, and its gradients: `torch_rtx.flex_attention` and two for the backward.
+"""Attention whose scores a function modifies, and its gradients: `torch_rtx.flex_attention` and three for the backward.
 
 They are PyTorch's higher-order operators of these names, with modifications as text (see `score_mods`). Kernels inline
 that text; the definitions here run it, for a range of queries at a time. Other than PyTorch's own definition they honor
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from torch_rtx.dtypes import DTYPES
-from torch_rtx.ir import Attr, TensorType, Value
-from torch_rtx.score_mods import buffer_index, modification
+from torch_rtx.ir import Attr, Graph, TensorType, Value, attr_values
+from torch_rtx.score_mods import buffer_index, modification, terms_of
 
 MOST_SCORES = 1 << 25  # that exist at once
 LN2 = math.log(2)
@@ -42,7 +42,13 @@ class _Scores:
 
 def _run(text: str, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> Tensor:
     """The result of a modification for tensors that broadcast to (B, H, M, N); in float64 if scores or buffers are."""
-    graph, values = modification(text), dict[str, Tensor]()
+    (found,) = _run_graph(modification(text), given, buffers).values()
+    return found
+
+
+def _run_graph(graph: Graph, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> dict[Value, Tensor]:
+    """What the outputs of a modification's graph are; see `_run`."""
+    values = dict[str, Tensor]()
     exact = any(tensor.dtype == torch.float64 for tensor in (*given.values(), *buffers))
     for value in graph.inputs:
         index = buffer_index(value)
@@ -68,9 +74,7 @@ def _run(text: str, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> T
         assert isinstance(result.type, TensorType)
         found = made.to(device, dtype(result.type.dtype))
         values[result.name] = found if found.dim() else found.view(1, 1, 1, 1)
-    (output,) = graph.outputs
-    assert isinstance(output, Value)
-    return values[output.name]
+    return {value: values[value.name] for value in attr_values(graph.outputs)}
 
 
 def _listed(count: Tensor, indices: Tensor, columns: int, share: tuple[int, int]) -> Tensor:
@@ -298,16 +302,26 @@ def _gradients(
     parts: Iterator[_Scores],
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For each range of queries: which, the weights, the gradient of the scaled scores, and that of the result."""
+    for part, of_modified, weights, gradient in _of_modified(grad_out, query, value, logsumexp, delta, parts):
+        wide, rows = part.scaled.dtype, part.rows
+        given = {"score": part.scaled, "g": of_modified, **part.places}
+        of_scores = _run(score_gradient, given, buffers).to(wide) if score_gradient else given["g"]
+        of_scores = of_scores.expand(part.scaled.shape)
+        yield rows, weights, of_scores if part.seen is None else torch.where(part.seen, of_scores, 0), gradient
+
+
+def _of_modified(
+    grad_out: Tensor, query: Tensor, value: Tensor, logsumexp: Tensor, delta: Tensor, parts: Iterator[_Scores]
+) -> Iterator[tuple[_Scores, Tensor, Tensor, Tensor]]:
+    """For each range of queries: the scores, the gradient of the modified ones, the weights and the gradient of the
+    result."""
     values = _shared(value, query)
     for part in parts:
         wide, rows = part.scaled.dtype, part.rows
         gradient, shift = grad_out[:, :, rows].to(wide), logsumexp[:, :, rows, None].to(wide)
         weights = torch.where(shift.isinf(), 0, (part.modified - shift * LN2).exp())
         of_weights = gradient @ values.to(wide).mT - delta[:, :, rows, None].to(wide)
-        given = {"score": part.scaled, "g": weights * of_weights, **part.places}
-        of_scores = _run(score_gradient, given, buffers).to(wide) if score_gradient else given["g"]
-        of_scores = of_scores.expand(part.scaled.shape)
-        yield rows, weights, of_scores if part.seen is None else torch.where(part.seen, of_scores, 0), gradient
+        yield part, weights * of_weights, weights, gradient
 
 
 def _grad_query(
@@ -379,6 +393,63 @@ def _grad_key_value(
     return results[0], results[1]
 
 
+def _grad_captured(
+    self: Tensor,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    gradients: str,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+    targets: Sequence[int],
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    block_size: Sequence[int] = (),
+) -> Tensor:
+    """The gradients of tensors that `score_mod` captures, added to `self`; see `_grad_query`.
+
+    Args:
+        self: all elements of all these tensors, in the order of `sizes`, (total,).
+        gradients, sizes, ranks, targets: see `score_mods.terms_of`. What would be added outside of a tensor is not.
+
+    Raises:
+        InvalidIR: they do not fit each other.
+    """
+    found, (graph, terms) = self.clone(), terms_of(gradients, sizes, ranks, targets)
+    parts = _scores(query, _shared(key, query), blocks, buffers, scale, score_mod, mask_mod, block_size)
+    for part, of_modified, *_ in _of_modified(grad_out, query, value, logsumexp, delta, parts):
+        given = {"score": part.scaled, "g": of_modified, **part.places}
+        values, shape = _run_graph(graph, given, buffers), part.scaled.shape
+        for term in terms:
+            added = values[term.number].to(found.dtype).expand(shape)
+            is_added = torch.ones((), dtype=torch.bool, device=query.device) if part.seen is None else part.seen
+            at = torch.full((), term.offset, device=query.device)
+            for index, (place, size) in enumerate(zip(term.places, term.size, strict=True)):
+                wrapped = torch.where(values[place] < 0, values[place] + size, values[place]).long()
+                is_added = is_added & (wrapped >= 0) & (wrapped < size)
+                at = at + wrapped * math.prod(term.size[index + 1 :])
+            at, is_added = at.expand(shape), is_added.expand(shape)
+            added = torch.where(is_added, added, 0)
+            found.index_put_((torch.where(is_added, at, term.offset),), added, accumulate=True)
+    return found
+
+
+def _grad_captured_room(self: Tensor, grad_out: Tensor, query: Tensor, *given: Any, **options: Any) -> Tensor:
+    _check_lists(query, given[4], options.get("block_size", ()))
+    _, terms = terms_of(*(options[name] for name in ("gradients", "sizes", "ranks", "targets")))
+    needed = max(term.offset + math.prod(term.size) for term in terms)
+    fits = self.dim() == 1 and self.shape[0] >= needed
+    torch._check(fits, lambda: f"{tuple(self.shape)} are not the {needed} elements of the gradients")
+    return self.new_empty(self.shape)
+
+
 def _grad_query_room(grad_out: Tensor, query: Tensor, *given: Any, **options: Any) -> Tensor:
     _check_lists(query, given[4], options.get("block_size", ()))
     return _room(query, query.shape, options.get("order", IN_ORDER))
@@ -411,6 +482,14 @@ _GIVEN = (
     f' Tensor[] buffers, *, {_MODIFIED}, str score_gradient="", int[] block_size=[]'
 )
 _LIBRARY.define(f"flex_attention_grad_query({_GIVEN}, int[] order=[0, 1, 2, 3]) -> Tensor")
+_CAPTURED = "str gradients, int[] sizes, int[] ranks, int[] targets"
+_LIBRARY.define(
+    "flex_attention_grad_captured(Tensor self, Tensor grad_out, Tensor query, Tensor key, Tensor value,"
+    " Tensor logsumexp, Tensor delta, Tensor[] blocks, Tensor[] buffers, *,"
+    f" {_CAPTURED}, {_MODIFIED}, int[] block_size=[]) -> Tensor"
+)
+_LIBRARY.impl("flex_attention_grad_captured", _grad_captured, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention_grad_captured", _grad_captured_room, "Meta")
 _ORDERS = "int[] key_order=[0, 1, 2, 3], int[] value_order=[0, 1, 2, 3]"
 _LIBRARY.define(f"flex_attention_grad_key_value({_GIVEN}, {_ORDERS}) -> (Tensor, Tensor)")
 _LIBRARY.impl("flex_attention_grad_query", _grad_query, "CompositeExplicitAutograd")

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_rtx import tactics
-from torch_rtx.engine import DTYPES, Path, calls, names_of_sizes, needs_trust, parse_header, program_of, reading
+from torch_rtx.engine import calls, needs_trust, packs_by_binary, program_of
+from torch_rtx.engine_header import DTYPES, names_of_sizes, parse_header, reading
+from torch_rtx.files import Path
 from torch_rtx.foreign import launch_of
 from torch_rtx.ir import Loc, Node, TensorType, Value
 from torch_rtx.machine import size_text as _size
@@ -68,7 +70,8 @@ class Inspection:
         kinds, ops: numbers of nodes by kind and op, most frequent first, without those in recipes and bodies.
         engine_bytes: the size of the file without weights.
         weight_bytes: the size of all weights, including those not in the file.
-        kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
+        kernels: for each target, the number of its kernels and the size of the tensors that have their binaries;
+            targets may share these.
         needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
         layers: in the order of the program.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
@@ -163,7 +166,7 @@ def inspect(path: Path) -> Inspection:
         header.file_bytes - stored,
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
-        tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        tactics.bytes_of(table, packs_by_binary(header), {key: info.nbytes for key, info in header.tensors.items()}),
         tactics.kinds_of(table),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
         sizes,

@@ -43,7 +43,7 @@ class Machine:
 
     def __str__(self) -> str:
         if self.sm is None:
-            return "no GPU" + f": {self.why}" * bool(self.why)
+            return "a machine without a GPU" + f" ({self.why})" * bool(self.why)
         facts = [f"{self.gpu} (sm_{self.sm})" if self.gpu else f"sm_{self.sm}"]
         facts += [] if self.memory is None else [size_text(self.memory)]
         facts += [] if self.driver is None else [f"driver for CUDA {text_of(self.driver)}"]

@@ -21,10 +21,11 @@ from torch_rtx.targets import EXACT, HIGH, HIGHEST, Float32
 #   5: tactics in place of launches and split bodies
 #   6: kernels that write to an operand in memory, control flow, kernels that others wrote, and how to find weights in
 #      ONNX models
-FORMAT_VERSION = 6
-# The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels, and
-# with kernels that add in memory.
-PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER, ADDITION_READER = 1, 3, 4, 5, 6
+#   7: the program compressed, as a tensor; binaries in packs
+FORMAT_VERSION = 7
+MIN_READER = 7  # the oldest reader of files that this release writes
+COMPRESSED = 7  # the first format whose header has only these fields of the manifest; the others are in the program
+IN_HEADER = ("format_version", "min_reader", "producer")
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -71,7 +72,7 @@ class Manifest:
     float32: Float32 = EXACT
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
-    min_reader: int = PLAIN_READER
+    min_reader: int = MIN_READER
 
 
 def exactly(kind: type) -> Callable[[Any], Any]:
@@ -193,10 +194,8 @@ def read_manifest(value: Any) -> Manifest:
         EngineVersionError: this release can't read the format of the file.
         EngineFormatError: a field is missing or has the wrong type.
     """
-    if not isinstance(value, dict):
-        raise EngineFormatError("the header has no manifest")
-    fields: dict[str, Any] = {}
-    for name, check in _FIELDS.items():  # the versions come first: the other fields depend on them
+    fields: dict[str, Any] = {"format_version": read_versions(value)}
+    for name, check in _FIELDS.items():
         if name in _SINCE and fields["format_version"] < _SINCE[name][0]:
             fields[name] = _SINCE[name][1]
             continue
@@ -208,9 +207,24 @@ def read_manifest(value: Any) -> Manifest:
             fields[name] = check(value[name])
         except TypeError as error:
             raise EngineFormatError(f"field {name!r} of the manifest: {error}") from None
-        if name == "min_reader":
-            _check_version(fields["format_version"], fields["min_reader"], value.get("producer"))
     return Manifest(**fields)
+
+
+def read_versions(value: Any) -> int:
+    """The format of a file, from the JSON of its header.
+
+    Raises:
+        EngineVersionError, EngineFormatError: as `read_manifest`.
+    """
+    if not isinstance(value, dict):
+        raise EngineFormatError("the header has no manifest")
+    for name in ("format_version", "min_reader"):
+        if name not in value:
+            raise EngineFormatError(f"the manifest has no field {name!r}")
+        if type(value[name]) is not int:
+            raise EngineFormatError(f"field {name!r} of the manifest: expected int")
+    _check_version(value["format_version"], value["min_reader"], value.get("producer"))
+    return int(value["format_version"])
 
 
 def _check_version(version: int, min_reader: int, producer: Any) -> None:

@@ -53,7 +53,8 @@ FLEX = "torch_rtx.flex_attention.default"  # with modified scores, see `flex_att
 FLEX_PARTIAL = "torch_rtx.flex_attention_partial.default"  # to shares of the keys
 FLEX_GRAD_QUERY = "torch_rtx.flex_attention_grad_query.default"
 FLEX_GRAD_KEY_VALUE = "torch_rtx.flex_attention_grad_key_value.default"
-FLEX_GRADS = (FLEX_GRAD_QUERY, FLEX_GRAD_KEY_VALUE)
+FLEX_GRAD_CAPTURED = "torch_rtx.flex_attention_grad_captured.default"
+FLEX_GRADS = (FLEX_GRAD_QUERY, FLEX_GRAD_KEY_VALUE, FLEX_GRAD_CAPTURED)
 BACKWARDS = (ATTENTION_BACKWARD, ATTENTION_BACKWARD_PARTIAL)
 POOLING = "aten.max_pool2d_with_indices.default"
 POOLING_BACKWARD = "aten.max_pool2d_with_indices_backward.default"
@@ -104,7 +105,8 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
     if node.op in FLEX_GRADS:  # the scores again, their gradient, and one product for each result
         query, grad_out = (_numel(node.arg(name), size) for name in ("query", "grad_out"))
         keys = _shape(node.arg("key"), size)[-2]
-        return 2 * keys * (2 * query + (1 if node.op == FLEX_GRAD_QUERY else 2) * grad_out)
+        results = {FLEX_GRAD_QUERY: query, FLEX_GRAD_KEY_VALUE: query + grad_out}
+        return 2 * keys * (query + grad_out + results.get(node.op, 0))
     if (
         "scaled_dot_product" in name or ANCHORS.get(node.op) in ("attention", "attention_flex")
     ) and "backward" not in name:

@@ -172,7 +172,7 @@ INTERNAL = frozenset(  # which `aten` and `detection` define
     )
 )
 TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))
-TRAINING |= {f"torch_rtx.flex_attention_{name}.default" for name in ("grad_query", "grad_key_value")}
+TRAINING |= {f"torch_rtx.flex_attention_{name}.default" for name in ("grad_query", "grad_key_value", "grad_captured")}
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (

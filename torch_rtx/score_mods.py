@@ -9,12 +9,18 @@ The text is a graph of level import whose tensors have no dimensions: it compute
             place along each dimension reads an element
 
 and its output is the modified score, its gradient, or whether a key is seen. An empty text changes and hides nothing.
+
+Gradients of captured tensors are a text with several outputs: terms, each of which is a number and where it is added,
+a place along each dimension of its tensor.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import Graph, Sym, TensorType, Type, Value, attr_values, contiguous, verify
@@ -45,8 +51,8 @@ def buffer(index: int, dtype: str, rank: int) -> Value:
 
 
 @lru_cache(maxsize=1024)
-def modification(text: str) -> Graph:
-    """The graph of a modification.
+def modification(text: str, results: int = 1) -> Graph:
+    """The graph of a modification, with so many results.
 
     Raises:
         InvalidIR: it is not one, or calls what modifications may not.
@@ -56,8 +62,9 @@ def modification(text: str) -> Graph:
     for value in graph.inputs:
         if value.name not in SCALARS and buffer_index(value) is None:
             raise InvalidIR(f"a modification of scores has no input {value.name}")
-    if graph.level != "import" or graph.weights or len(graph.nodes) > MAX_OPS or len(graph.outputs) != 1:
-        raise InvalidIR("a modification of scores must be a graph of calls with one result", hint=f"{MAX_OPS} at most")
+    if graph.level != "import" or graph.weights or len(graph.nodes) > MAX_OPS or len(graph.outputs) != results:
+        which = "one result" if results == 1 else f"{results} results"
+        raise InvalidIR(f"a modification of scores must be a graph of calls with {which}", hint=f"{MAX_OPS} at most")
     buffers = {value.name for value in graph.inputs if buffer_index(value) is not None}
     for node in graph.nodes:
         scalars = [_is_scalar(value.type) for value in node.results]
@@ -71,6 +78,48 @@ def modification(text: str) -> Graph:
     if not all(isinstance(out, Value) and _is_scalar(out.type) for out in graph.outputs):
         raise InvalidIR("the result of a modification of scores must be a number")
     return graph
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number that is added to the gradient of a captured tensor.
+
+    Attributes:
+        offset: of the tensor's first element among those of all gradients.
+        size: of the tensor.
+    """
+
+    number: Value
+    places: tuple[Value, ...]
+    offset: int
+    size: tuple[int, ...]
+
+
+def terms_of(text: str, sizes: Sequence[int], ranks: Sequence[int], targets: Sequence[int]) -> tuple[Graph, list[Term]]:
+    """The graph of a text of gradients, and its terms.
+
+    Args:
+        sizes: of all tensors that have a gradient, one after the other.
+        ranks: how many of `sizes` are those of each tensor.
+        targets: the tensor of each term.
+
+    Raises:
+        InvalidIR: it is none, or does not fit the sizes.
+    """
+    if sum(ranks) != len(sizes) or min((*sizes, *ranks), default=0) < 0:
+        raise InvalidIR("sizes of gradients that do not fit their ranks")
+    if not targets or not all(0 <= which < len(ranks) for which in targets):
+        raise InvalidIR("a gradient of a tensor that is not there")
+    starts = [sum(ranks[:which]) for which in range(len(ranks))]
+    shapes = [tuple(sizes[start : start + rank]) for start, rank in zip(starts, ranks, strict=True)]
+    graph = modification(text, sum(1 + ranks[which] for which in targets))
+    found, left = list[Term](), list(attr_values(graph.outputs))
+    for which in targets:
+        (number, *places), left = left[: 1 + ranks[which]], left[1 + ranks[which] :]
+        if not all(is_place(one.type) for one in places):
+            raise InvalidIR("a gradient is added at a place along each dimension")
+        found.append(Term(number, tuple(places), sum(map(prod, shapes[:which])), shapes[which]))
+    return graph, found
 
 
 def buffer_index(value: Value) -> int | None:

@@ -77,18 +77,20 @@ class Digests:
 
 
 def serialize(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, last: Mapping[str, Tensor] | None = None
 ) -> tuple[bytes, list[memoryview]]:
     """The header of a safetensors file, with its length field, and the pieces of the data that follow. The order is
     that of sizes of elements, the largest first, which aligns each tensor, and then of names.
 
     Args:
         tensors: contiguous, in host memory, of dtypes that the format has; they may share memory.
+        last: the same, of single bytes, which come after all others.
 
     Raises:
         UnicodeEncodeError: a name has half of a surrogate pair.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = [*sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), *(last or {})]
+    tensors = {**tensors, **(last or {})}
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:

@@ -274,7 +274,7 @@ class CompilationSettings(_Checked):
     strip_weights: bool = _flag(True, "Save engines without weights; `load` or `refit` supplies them.")
     device: str | None = _option(
         None,
-        'None, "cpu" or "cuda"',
+        'None, "cpu" or "cuda"; `load(path, device="cuda:1")` selects a GPU',
         lambda v: v in (None, "cpu", "cuda"),
         "Device to build an engine for; None: the model's own. `cuda` needs no GPU.",
     )

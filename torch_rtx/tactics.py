@@ -5,21 +5,21 @@ A tactic is a graph that replaces the node, and the kernels that are launched in
 branches on the kind of a tactic: a library call, a fused kernel and a split form differ in body and kernels alone.
 
 An engine file has the table as JSON beside the graph, and the binaries as tensors. This module reads, writes and checks
-them. It imports neither torch nor triton.
+the table. It imports neither torch nor triton.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
+from torch_rtx.binaries import digest
 from torch_rtx.errors import EngineFormatError, InvalidIR
 from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Type, Value, kernel_nodes, verify
 from torch_rtx.irparse import parse, parse_dim
@@ -27,7 +27,6 @@ from torch_rtx.manifest import Json, exactly
 from torch_rtx.optable import ALLOWED
 from torch_rtx.targets import Target, arch_of, by_age, oldest_driver
 
-MAX_BINARY = 64 << 20  # bytes; a hostile file can't make a reader allocate more
 DIGEST = re.compile(r"[0-9a-f]{32}")
 MAX_SLOTS = 1024
 MAX_THREADS = 1024  # of a block
@@ -44,7 +43,7 @@ class Variant:
     """One binary of a kernel.
 
     Attributes:
-        binary: its digest, the key in `KernelTable.binaries`.
+        binary: its name, the key in `KernelTable.binaries`.
         entry: the kernel's name in the binary.
         num_warps: per block.
         shared: bytes of dynamic shared memory per block.
@@ -143,7 +142,7 @@ class KernelTable:
     Attributes:
         tactics: by the `op` of kernel nodes and by target, the one expected to be fastest first. The body of a node
             without tactics runs call by call.
-        binaries: compressed, by digest of the compressed bytes.
+        binaries: by name, see `binaries`.
     """
 
     tactics: Mapping[str, Mapping[Target, Tactics]] = field(default_factory=dict)
@@ -220,36 +219,39 @@ def oldest_drivers(table: KernelTable, producer: Mapping[str, str]) -> dict[Targ
 # ---- binaries --------------------------------------------------------------------------------------------------------
 
 
-def pack(binary: bytes) -> tuple[str, bytes]:
-    """The digest and the compressed form of a binary: LZMA, a fifth to a third smaller than zlib."""
-    import lzma  # an optional part of Python, which engines without kernels do not need
+def with_names(table: KernelTable) -> KernelTable:
+    """The table with each binary under its own name: files up to format 6 have other names."""
+    names = {old: digest(binary) for old, binary in table.binaries.items()}
+    if all(old == new for old, new in names.items()):
+        return table
 
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 20}]
-    stored = lzma.compress(binary, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters)
-    return digest(stored), stored
+    def renamed(_: str, launch: Launch) -> Launch:
+        aligned = replace(launch.aligned, binary=names[launch.aligned.binary])
+        generic = launch.generic and replace(launch.generic, binary=names[launch.generic.binary])
+        return replace(launch, aligned=aligned, generic=generic)
+
+    tactics = {
+        op: {target: tuple(one.with_kernels(renamed) for one in ones) for target, ones in found.items()}
+        for op, found in table.tactics.items()
+    }
+    return KernelTable(tactics, {names[old]: binary for old, binary in table.binaries.items()})
 
 
-def digest(stored: bytes) -> str:
-    """The name of a compressed binary: half of its SHA-256."""
-    return hashlib.sha256(stored).hexdigest()[:32]
-
-
-def unpack(stored: bytes) -> bytes:
-    """The binary.
-
-    Raises:
-        EngineFormatError: it is not compressed as `pack` does it, or larger than MAX_BINARY.
-    """
-    import lzma
-
-    try:
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * MAX_BINARY)
-        binary = decompressor.decompress(stored, MAX_BINARY)
-    except lzma.LZMAError as error:
-        raise EngineFormatError(f"a binary of a kernel can't be decompressed: {error}") from None
-    if not decompressor.eof or decompressor.unused_data:
-        raise EngineFormatError("a binary of a kernel is too large or has no end")
-    return binary
+def groups_of(table: KernelTable) -> list[list[str]]:
+    """The names of the binaries: machine code for one generation of GPUs, and PTX; in each group, those
+    of a kernel side by side."""
+    targets: dict[str, set[Target]] = {}
+    ops: dict[str, str] = {}
+    for op, found in sorted(table.tactics.items()):
+        for target, tactics in found.items():
+            for name in (v.binary for one in tactics for launch in one.kernels.values() for v in launch.variants):
+                targets.setdefault(name, set()).add(target)
+                ops.setdefault(name, op)
+    groups: dict[tuple[bool, int], list[str]] = {}
+    for name in sorted(targets, key=lambda name: (ops[name], name)):
+        oldest = by_age(targets[name])[0]
+        groups.setdefault((oldest.ptx, oldest.sm // 10), []).append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def digests(table: KernelTable) -> Iterator[str]:
@@ -258,18 +260,19 @@ def digests(table: KernelTable) -> Iterator[str]:
         yield from (variant.binary for variant in launch.variants)
 
 
-def bytes_of(table: KernelTable, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Per target, the oldest first: the number of launches, and the bytes of their binaries.
+def bytes_of(table: KernelTable, packs: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Per target, the oldest first: the number of launches, and the bytes of their binaries in a file.
 
     Args:
-        sizes: stored bytes by digest. A binary that serves several targets counts for each.
+        packs: by name of a binary, the tensor of the file that has it.
+        sizes: bytes of these tensors. One that serves several targets counts for each.
     """
     kernels: dict[Target, int] = {}
-    binaries: dict[Target, set[str]] = {}
+    used: dict[Target, set[str]] = {}
     for target, launch in table.launches():
         kernels[target] = kernels.get(target, 0) + 1
-        binaries.setdefault(target, set()).update(variant.binary for variant in launch.variants)
-    return {str(t): (kernels[t], sum(sizes[name] for name in binaries[t])) for t in by_age(kernels)}
+        used.setdefault(target, set()).update(packs[variant.binary] for variant in launch.variants)
+    return {str(t): (kernels[t], sum(sizes[key] for key in used[t])) for t in by_age(kernels)}
 
 
 def kinds_of(table: KernelTable) -> dict[str, dict[str, int]]:

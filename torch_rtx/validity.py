@@ -9,8 +9,10 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-from torch_rtx.engine import DTYPES, Path, parse_header, program_of, reading
+from torch_rtx.engine import program_of
+from torch_rtx.engine_header import DTYPES, parse_header, reading
 from torch_rtx.errors import EngineFormatError, EngineVersionError, SettingsError, Unsupported
+from torch_rtx.files import Path
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import MAIN, Graph, TensorType, Type, attr_values, evaluate
 from torch_rtx.machine import Machine, size_text, text_of, this_machine

@@ -17,11 +17,11 @@ from benchmarks import models, timing
 from benchmarks.cases import Job
 from benchmarks.numerics import assert_right, in_float64, tensors
 from benchmarks.peers import PEERS, Prepared, Subject
+from torch_rtx.runtime.call_times import SETS
 
 if TYPE_CHECKING:
     from benchmarks.worker import Reporter
 
-SETS = 4  # sets of inputs that calls rotate among
 SETTLE_S = 120  # seconds that a peer has to reach its full speed
 CHECKED = 2  # sets whose results are compared
 # A compiled module runs other code in its first calls than later: each set is checked in several of them.

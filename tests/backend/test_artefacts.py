@@ -16,7 +16,7 @@ from torch_rtx.lowering.kernels import toolchain
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
 from torch_rtx.targets import PTX, Target
 
-SM80, SM90 = Target(80), Target(90)
+SM80 = Target(80)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -96,7 +96,7 @@ def test_every_stage_is_written(tmp_path: Path) -> None:
 
 def test_stages_are_written_for_each_target_and_again(tmp_path: Path) -> None:
     """Also where another target has the same code, and where this process has compiled it before."""
-    targets = [SM80, Target(86), SM90, PTX]
+    targets = [SM80, Target(86), PTX]
     for folder in (tmp_path / "first", tmp_path / "second"):
         files = {(ADD, target): Artefacts(str(folder)).of("add", target) for target in targets}
         compile_kernels(files, artefacts=files)

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="kernels are built with Triton, which is no
 from tests.helpers.kernels import ADD, ADD_1000, GRAPH, S16, matmul
 from torch_rtx.backend import compiler
 from torch_rtx.backend.kernels import build_kernels, targets_for
+from torch_rtx.binaries import packs_of
 from torch_rtx.chips import chip_named
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import LoweringError, SettingsError
@@ -25,7 +26,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels import build
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, unpack
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, groups_of
 from torch_rtx.targets import DTYPE_FEATURES, PORTABLE, PTX, Target
 
 GPU = torch.device("cuda")
@@ -74,8 +75,8 @@ def test_every_node_and_target(tmp_path: Path) -> None:
         assert len(set(launches.values())) == 4
         assert {len(launch.variants) for launch in launches.values()} == {variants}
         assert launches[Target(80)].scalars == ((ADD.scalars) if op == "add" else ())
-        assert unpack(table.binaries[launches[Target(80)].aligned.binary])[:4] == b"\x7fELF"
-        assert unpack(table.binaries[launches[PTX].aligned.binary]).lstrip().startswith(b"//")
+        assert table.binaries[launches[Target(80)].aligned.binary][:4] == b"\x7fELF"
+        assert table.binaries[launches[PTX].aligned.binary].lstrip().startswith(b"//")
     assert len(table.binaries) == 12
     assert report.missing == ()
     assert report.nbytes == sum(map(len, table.binaries.values())) == sum(kernel.nbytes for kernel in report.kernels)
@@ -99,8 +100,9 @@ def test_the_first_configuration_that_fits() -> None:
     assert first.aligned.shared == 131072
     assert second.aligned.shared < 64 << 10
     assert (first.grid, second.grid) == (LARGE.grid, SMALL.grid)
-    binaries = [unpack(stored) for stored in table.binaries.values()]
-    assert sum(map(len, table.binaries.values())) < 0.85 * sum(len(zlib.compress(binary, 9)) for binary in binaries)
+    binaries = list(table.binaries.values())
+    packs = packs_of(groups_of(table), table.binaries)
+    assert sum(len(pack.stored) for pack in packs) < 0.85 * sum(len(zlib.compress(binary, 9)) for binary in binaries)
     assert report.missing == ()
 
 

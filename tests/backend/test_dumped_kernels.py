@@ -22,7 +22,7 @@ from torch_rtx.runtime import tuning_context
 from torch_rtx.runtime.compile_client import CompileClient
 from torch_rtx.runtime.tuning_db import Choice, TuningDatabase
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
-from torch_rtx.tactics import Candidate, KernelTable, unpack
+from torch_rtx.tactics import Candidate, KernelTable
 from torch_rtx.targets import Target
 
 STAGES = ("ptx", "py", "ranking", "sass", "ttir")
@@ -132,7 +132,7 @@ def client() -> Iterator[CompileClient]:
 
 def binary(candidate: Candidate) -> bytes:
     ((_, launch),) = candidate.tactic.kernels.items()
-    return unpack(candidate.binaries[launch.aligned.binary])
+    return candidate.binaries[launch.aligned.binary]
 
 
 def test_the_compile_worker_leaves_every_stage(tmp_path: Path, client: CompileClient) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 from tests.doubles.interpreter import Interpreted
 from tests.helpers.splits import split_in
 from torch_rtx.artefacts import Artefacts
+from torch_rtx.binaries import named
 from torch_rtx.errors import KernelError, Unsupported
 from torch_rtx.ir import Dim, Graph, Node
 from torch_rtx.lowering.kernels.generate import generate, tactics
@@ -19,7 +20,7 @@ from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.launch import LoadedTactic, Store
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase
-from torch_rtx.tactics import Candidate, Launch, Tactic, Variant, pack
+from torch_rtx.tactics import Candidate, Launch, Tactic, Variant
 from torch_rtx.targets import Target, arch_of
 
 SM = 80
@@ -87,7 +88,7 @@ class Device:
                 spoiled = self.wrong is not None and self.wrong in str(body)
 
                 def launch(op: str, kernel: Kernel, stored: dict[str, bytes] = binaries, bad: bool = spoiled) -> Launch:
-                    digest, stored[digest] = (packed := pack(repr(kernel).encode()))[0], packed[1]
+                    digest, stored[digest] = (packed := named(repr(kernel).encode()))[0], packed[1]
                     self.kernels[digest] = kernel, bad
                     variant = Variant(digest, kernel.name, kernel.num_warps, 0, 32, 0)
                     return Launch(kernel.scalars, kernel.grid, kernel.wide, variant, None)

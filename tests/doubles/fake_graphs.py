@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.doubles.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
+from torch_rtx.binaries import named
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import captured, code, graph_params, graphmemory
 from torch_rtx.runtime.launch import load_tactics
-from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, Variant, pack
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, Variant
 from torch_rtx.targets import Target
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
@@ -60,7 +61,7 @@ def program(text: str) -> Graph:
 
 def adders(graph: Graph, driver: Any, ptx: bytes | None = None, size: Dim = S, uses_pdl: bool = False) -> Any:
     """What launches the kernels `k` of `graph`, which add, through `driver`: a binary, or `ptx` for sm_90."""
-    digest, binary = pack(ptx or b"an image")
+    digest, binary = named(ptx or b"an image")
     launch = Launch((size,), (1, 1, 1), False, Variant(digest, "entry", 4, 0, 32, 0, uses_pdl), None)
     tactics = {Target(90, ptx is not None): (Tactic("kernel", 1.0, {OWN: launch}),)}
     return load_tactics(KernelTable({"k": tactics}, {digest: binary}), graph, DEVICE, driver=driver)

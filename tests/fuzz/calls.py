@@ -18,7 +18,7 @@ from tests.fuzz.mutants import DTYPE_NAMES, INTS
 from tests.fuzz.samples import Sample
 from tests.fuzz.trial import HOSTILE_FLOATS, values
 from torch_rtx import aten
-from torch_rtx.engine import DTYPES
+from torch_rtx.engine_header import DTYPES
 from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorType, Type, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.optable import FILE_OPS, NUMBERS

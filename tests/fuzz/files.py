@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from torch_rtx.engine import DTYPES
+from tests.engine_files import Parts, sealed
+from torch_rtx.engine_header import DTYPES
 from torch_rtx.ir import Graph
-from torch_rtx.manifest import FORMAT_VERSION
+from torch_rtx.manifest import FORMAT_VERSION, MIN_READER
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]  # by key: dtype as the IR names it, shape, data
-
-
-@dataclass
-class Parts:
-    """A file: the JSON that torch_rtx wrote, the table of tensors that safetensors wrote, and the data."""
-
-    program: dict[str, Any]
-    table: dict[str, Any]
-    data: bytes
-
-    @staticmethod
-    def of(content: bytes) -> Parts:
-        """The parts of an intact file."""
-        length = int.from_bytes(content[:8], "little")
-        table = json.loads(content[8 : 8 + length])
-        return Parts(json.loads(table.pop("__metadata__")["torch_rtx"]), table, content[8 + length :])
-
-    def join(self) -> bytes:
-        """The file, with right digests of whatever is in it."""
-        text, manifest = self.program.get("graph"), self.program.get("manifest")
-        if isinstance(text, str) and isinstance(manifest, dict) and isinstance(manifest.get("digests"), dict):
-            manifest["digests"]["graph"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        digests = {"header_digest": "0" * 64, "data_digest": hashlib.sha256(self.data).hexdigest()}
-        rest = {name: value for name, value in self.program.items() if name not in digests}
-        inner = json.dumps({**digests, **rest}, separators=(",", ":"))
-        body = json.dumps({"__metadata__": {"torch_rtx": inner}, **self.table}, separators=(",", ":")).encode()
-        return _sealed(body + b" " * (-len(body) % 8), self.data)
-
-
-def _sealed(body: bytes, data: bytes) -> bytes:
-    start = len(body).to_bytes(8, "little")
-    return start + body.replace(b"0" * 64, hashlib.sha256(start + body).hexdigest().encode(), 1) + data
 
 
 def resealed(content: bytes) -> bytes:
@@ -56,7 +22,7 @@ def resealed(content: bytes) -> bytes:
         return content
     for place, digest in zip(places, (b"0" * 64, hashlib.sha256(data).hexdigest().encode()), strict=True):
         body = body[:place] + digest + body[place + 64 :]
-    return _sealed(body, data)
+    return sealed(body, data)
 
 
 def engine_of(graph: Graph, tensors: Tensors) -> bytes:
@@ -73,7 +39,7 @@ def engine_of(graph: Graph, tensors: Tensors) -> bytes:
     }
     manifest = {
         "format_version": FORMAT_VERSION,
-        "min_reader": 1,
+        "min_reader": MIN_READER,
         "device": "cpu",
         "platform": "any",
         "producer": {},

@@ -183,3 +183,35 @@ def through_float8(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     rounded[(1,)](x, out, x.numel(), BLOCK=16)
     return out
+
+
+@triton.jit
+def of_a_pair(pair, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(pair[1] + at, tl.load(pair[0] + at, mask=at < n), mask=at < n)
+
+
+@triton.jit
+def to_addresses(addresses, x, n, BLOCK: tl.constexpr):
+    """Writes to memory whose address is a number in a tensor."""
+    at = tl.arange(0, BLOCK)
+    out = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    tl.store(out + at, tl.load(x + at, mask=at < n), mask=at < n)
+
+
+def hidden(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    of_a_pair[(1,)]((x, out), x.numel(), BLOCK=16)
+    return out
+
+
+def elsewhere(x: Tensor) -> Tensor:
+    to_addresses[(1,)](torch.zeros(1, dtype=torch.int64, device=x.device), x, x.numel(), BLOCK=16)
+    return x
+
+
+def with_options(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    options = {"num_warps": 2, "maxnreg": 64, "enable_fp_fusion": False, "launch_pdl": True}
+    scaled_sum[(1,)](x, x, out, x.numel(), 1.0, BLOCK=16, **options)
+    return out

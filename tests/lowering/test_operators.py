@@ -110,8 +110,8 @@ class Between(nn.Module):
         super().__init__()
         self.op = op
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x * 1.5).abs()
+    def forward(self, *images: Tensor) -> list[Tensor]:
+        return [self.op(x * 1.5).abs() for x in images]
 
 
 def compiled(model: nn.Module, *args: Tensor, dynamic: Any = None) -> torch_rtx.CompiledModule:
@@ -136,11 +136,11 @@ def test_is_no_call(name: str) -> None:
     torch.manual_seed(0)
     op, shape = CASES[name]
     model, image = Between(op).eval().half(), torch.randn(shape).half()
-    for layout in (torch.contiguous_format, *[torch.channels_last] * (len(shape) == 4)):
-        given = image.contiguous(memory_format=layout)
-        module = compiled(model, given)
-        assert not calls(module.engine.graph)
-        right(model, module, given)
+    layouts = (torch.contiguous_format, *[torch.channels_last] * (len(shape) == 4))
+    given = [image.contiguous(memory_format=layout) for layout in layouts]
+    module = compiled(model, *given)
+    assert not calls(module.engine.graph)
+    right(model, module, *given)
 
 
 @pytest.mark.parametrize("name", LEFT)

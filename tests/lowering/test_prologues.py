@@ -18,7 +18,7 @@ from torch_rtx.backend import program_cache
 from torch_rtx.ir import Node, TensorType, kernel_nodes
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.generate import forms
-from torch_rtx.lowering.kernels.memory_model import bytes_of, prologue_us
+from torch_rtx.lowering.kernels.memory_model import bytes_of, prologue_us, streaming_us
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable
@@ -271,6 +271,35 @@ def check(module: torch_rtx.CompiledModule, model: nn.Module, x: torch.Tensor) -
         output = torch.full_like(model(x), torch.nan)
         run(head.kernels[OWN], [*inputs, output], {})
         assert_right([output], [model(x)], [exact])
+
+
+class Windows(nn.Module):
+    """A layer of windows of an image, which is shifted; or of channels in another order, which is no order of rows."""
+
+    def __init__(self, channels: int, swapped: bool = False) -> None:
+        super().__init__()
+        self.layer, self.swapped = nn.Linear(channels, 48).half(), swapped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.swapped:
+            x = x.unflatten(3, (2, -1)).transpose(3, 4).flatten(3)
+        x = x.roll((-2, -1), (1, 2)).unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).transpose(2, 3)
+        return self.layer(x.reshape(-1, 16, self.layer.in_features))
+
+
+def test_rows_in_another_order_are_read_where_they_lie() -> None:
+    model, x = Windows(64).eval(), torch.randn(2, 8, 12, 64).half()
+    module = compiled(model, x)
+    (node,) = module.engine.graph.nodes
+    check(module, model, x)
+    assert node.body is not None
+    found = region(node.body)
+    assert prologue_us(found, arch_of(90)) > streaming_us(found.moved_types[:1], arch_of(90))
+    plain = product(compiled(nn.Linear(64, 48).half(), x)).body
+    assert plain is not None
+    assert prologue_us(region(plain), arch_of(90)) == 0.0
+    for other, image in ((Windows(32), x[..., :32].clone()), (Windows(64, swapped=True), x)):
+        assert len(compiled(other.eval(), image).engine.graph.nodes) == 2
 
 
 def test_the_prologue_is_left_to_a_kernel_of_its_own_beside_a_library_call() -> None:

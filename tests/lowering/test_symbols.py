@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.functions import ToFloat, TruncToInt
+from torch.utils._sympy.functions import FloorToInt, ToFloat, TruncToInt
 
 import torch_rtx
 from torch_rtx.errors import Unsupported
@@ -22,6 +22,14 @@ def test_scaled_sizes_are_computed_in_integers():
     for scale in (2.0, 0.5, 1.5, 0.375):
         dim = convert(TruncToInt(scale * ToFloat(N)), lambda _: Sym("n"))
         assert [evaluate(dim, {"n": n}) for n in range(50)] == [int(scale * n) for n in range(50)]
+
+
+def test_a_number_that_may_be_negative_is_truncated():
+    leaves = {ToFloat(N).args[0]: Sym("n", -9)}
+    taken = convert(TruncToInt(1.5 * ToFloat(N)), lambda leaf: leaves.get(leaf, Sym("whole")))
+    rounded = convert(FloorToInt(1.5 * ToFloat(N)), lambda leaf: leaves.get(leaf, Sym("whole")))
+    assert taken == Sym("whole")
+    assert evaluate(rounded, {"n": -5}) == -8
 
 
 def test_scales_that_floating_point_rounds_are_no_dims():

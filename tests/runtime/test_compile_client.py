@@ -35,7 +35,7 @@ from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT, CompileClient
 from torch_rtx.runtime.tuning_context import generator_sources, versions
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
-from torch_rtx.tactics import OWN, Candidate, unpack
+from torch_rtx.tactics import OWN, Candidate
 from torch_rtx.targets import ARCHES, arch_of
 
 
@@ -69,7 +69,7 @@ def test_every_gpu_has_kernels(sm: int) -> None:
     for candidate in found.values():
         assert candidate.tactic.kernels
         for launch in candidate.tactic.kernels.values():
-            binary = unpack(candidate.binaries[launch.aligned.binary])
+            binary = candidate.binaries[launch.aligned.binary]
             if arch_of(sm).like is None:
                 assert binary[:4] == b"\x7fELF"
             else:
@@ -83,7 +83,7 @@ def test_an_answer_is_what_is_built_here(client: CompileClient) -> None:
     assert found == build(bodies, 86)
     assert set(found) == {"k0", "k1"}
     launch = found["k1"].tactic.kernels[OWN]
-    assert all(unpack(found["k1"].binaries[variant.binary]).startswith(b"\x7fELF") for variant in launch.variants)
+    assert all(found["k1"].binaries[variant.binary].startswith(b"\x7fELF") for variant in launch.variants)
     assert client.build({"k0": (body(), 1)}, 86)["k0"].rank == 1
     assert found["k0"].tactic.kind == "kernel"
 

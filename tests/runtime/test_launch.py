@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.doubles.fake_driver import STREAM, FakeDriver, Kept, Status
+from torch_rtx.binaries import Binaries, Pack, named
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
@@ -27,7 +28,6 @@ from torch_rtx.tactics import (
     Variant,
     check,
     fastest_first,
-    pack,
     runnable_tactics,
 )
 from torch_rtx.targets import PTX, Target
@@ -46,7 +46,7 @@ graph fused {
   return [y, z]
 }
 """)
-BINARIES = dict(pack(text) for text in (b"aligned 90", b"generic 90", b"80", b"86", b"ptx text"))
+BINARIES = dict(named(text) for text in (b"aligned 90", b"generic 90", b"80", b"86", b"ptx text"))
 NAMES = dict(zip((b"aligned 90", b"generic 90", b"80", b"86", b"ptx text"), BINARIES, strict=True))
 
 
@@ -182,10 +182,8 @@ def test_two_variants_of_a_kernel_without_scalars() -> None:
 
 
 def test_a_damaged_binary(caplog: pytest.LogCaptureFixture) -> None:
-    assert (
-        made(FakeDriver(SIZES), NATIVE, binaries=dict.fromkeys(BINARIES, b"no LZMA, but long enough to be some"))
-        is None
-    )
+    pack = Pack(b"no LZMA, but long enough to be some", tuple((name, 9) for name in BINARIES))
+    assert made(FakeDriver(SIZES), NATIVE, binaries=Binaries([pack])) is None
     assert "can't be decompressed" in caplog.text
 
 

@@ -19,7 +19,7 @@ from tests.runtime.test_arena import CPU, interpreted, whole_nodes
 from torch_rtx.ir import COPY, Graph, Node, Value, has_parts, kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.horizontal import horizontal_configs, horizontal_kernel
+from torch_rtx.lowering.kernels.horizontal import horizontal_kernel, loops, loops_configs
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.passes.finish import finish
@@ -263,9 +263,10 @@ def one_by_one(node: Node) -> Interpreted:
     """A kernel whose programs compute an element or a row each: none has loaded what another one overwrites."""
     assert node.body is not None
     found = region(node.body)
-    kernel = horizontal_kernel if found.parts else loop_kernel
-    config = (horizontal_configs(found) if found.parts else loop_configs(found))[0]
-    return Interpreted(kernel(found, node.op, replace(config, rows=1)))
+    if found.parts:
+        configs = [replace(config, rows=1) for config in loops_configs(found)[0]]
+        return Interpreted(horizontal_kernel(found, node.op, loops(found, configs)))
+    return Interpreted(loop_kernel(found, node.op, replace(loop_configs(found)[0], rows=1)))
 
 
 @settings(max_examples=30)

@@ -227,7 +227,8 @@ def capture_export(
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"cannot export a {type(model).__name__}: pass an nn.Module or an ExportedProgram")
     if not isinstance(args, tuple):
-        raise CaptureError(f"args must be a tuple of the model's positional arguments, not {type(args).__name__}")
+        problem = f"args must be a tuple of the model's positional arguments, not {type(args).__name__}"
+        raise CaptureError(problem, hint="write torch_rtx.compile(model, (x,))")
     device = _trace_device(model, device)
     numbers = fixed_numbers(model)
     program = _traced(model, args, kwargs, dynamic_shapes, device, numbers)

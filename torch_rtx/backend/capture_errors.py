@@ -25,7 +25,7 @@ from torch_rtx.runtime.module import CompiledModule
 
 log = logging.getLogger(__name__)
 # Packages whose frames in a traceback say nothing about the model.
-_INTERNAL = sys.stdlib_module_names | {"torch", "sympy", "torch_rtx"}
+_INTERNAL = sys.stdlib_module_names | {"torch", "sympy", "triton", "torch_rtx"}
 _OTHERWISE = 'torch.compile(model, backend="rtx") captures more: it breaks the graph there'
 
 # ---- before a capture ------------------------------------------------------------------------------------------------
@@ -66,17 +66,24 @@ def explained() -> Iterator[None]:
     model and a remedy. The cause keeps the frames of the model alone, unless Dynamo is told to be verbose."""
     try:
         yield
-    except RtxError:
-        raise
+    except RtxError as error:
+        frames = list(_model_frames(error.__traceback__)) if isinstance(error, CaptureError) and not error.loc else []
+        if not frames:
+            raise
+        raise CaptureError(error.message, loc=_line(frames[-1]), hint=error.hint) from None
     except Exception as error:
         frames = list(_model_frames(error.__traceback__))
-        code = frames[-1].tb_frame.f_code if frames else None
-        loc = None if code is None else f"{code.co_filename}:{frames[-1].tb_lineno}"
+        loc = _line(frames[-1]) if frames else None
         problem, hint = _explanation(error, in_model=bool(frames))
         if not config.verbose:
             error.__cause__, error.__suppress_context__ = None, True
             error.__traceback__ = _chain(frames)
         raise CaptureError(problem, loc=loc, hint=hint) from error
+
+
+def _line(frame: TracebackType) -> str:
+    """File and line of a frame."""
+    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
 
 
 def _model_frames(tb: TracebackType | None) -> Iterator[TracebackType]:
@@ -127,7 +134,7 @@ def _explanation(error: Exception, in_model: bool) -> tuple[str, str]:
         hint = f"declare {', '.join(fixes) if fixes and parts is None else multiples}"
         hint += ", or the ranges of the inputs by torch_rtx.Input"
     elif "dynamic_shapes" in lines[0]:
-        problem = lines[0]
+        problem = re.split(r" (?:Alternatively|For more information)", lines[0])[0]
         hint = "dynamic_shapes has the structure of the arguments; or declare inputs by torch_rtx.Input"
     else:
         problem = f"the model can't be captured: {type(error).__name__}: {lines[0]}"

@@ -61,7 +61,11 @@ class Input:
         device: torch.device | str | None = None,
         profiles: Sequence[tuple[Sizes, Sizes, Sizes]] | None = None,
         shared_dims: Mapping[int, str] | None = None,
+        **others: object,
     ) -> None:
+        if others:
+            hint = f"it has shape, {', '.join(SPAN)}, dtype, name, device, profiles and shared_dims"
+            raise InputError(f"an Input has no {', '.join(others)}", hint=hint)
         self.dtype, self.name, self.device, self.shared_dims = dtype, name, device, dict(shared_dims or {})
         what = "an Input" if name is None else f"input {name!r}"
         if name is not None and not (isinstance(name, str) and is_name(name)):

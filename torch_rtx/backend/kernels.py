@@ -39,7 +39,7 @@ class KernelReport:
         targets: those that share its binaries.
         registers, spills: registers, and bytes of spill stores, per thread.
         shared: bytes of shared memory per block.
-        nbytes: of its binaries, compressed.
+        nbytes: of its binaries, before a file compresses them.
     """
 
     op: str
@@ -72,7 +72,7 @@ class BuildReport:
         lines = [f"{ops} kernel{'s' * (ops != 1)}, {self.nbytes / 1024:.1f} KiB of binaries, {self.seconds:.1f} s"]
         if self.kernels:
             width = max(len(kernel.op) for kernel in self.kernels)
-            lines.append(f"  {'kernel':{width}}  warps  registers  spills  shared  stored  targets")
+            lines.append(f"  {'kernel':{width}}  warps  registers  spills  shared   bytes  targets")
             for kernel in self.kernels:
                 lines.append(
                     f"  {kernel.op:{width}}  {kernel.num_warps:>5}  {kernel.registers:>9}  {kernel.spills:>6}  "

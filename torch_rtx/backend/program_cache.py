@@ -25,6 +25,7 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.backend.compiler import Built, Program, check_settings, compile_fx, device_of, log_fallbacks
 from torch_rtx.backend.fx_hash import graph_key
+from torch_rtx.binaries import Binaries, Pack, packs_of
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
 from torch_rtx.engine import calls, from_stored, to_stored
@@ -40,9 +41,9 @@ from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.progress import stage
 from torch_rtx.runtime.ranks import one_rank_first
-from torch_rtx.serialization import serialize
+from torch_rtx.serialization import memory_of, serialize
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
-from torch_rtx.tactics import read_table, write_table
+from torch_rtx.tactics import groups_of, read_table, write_table
 from torch_rtx.targets import Float32
 
 log = logging.getLogger("torch_rtx.cache")
@@ -165,17 +166,19 @@ def to_bytes(built: Built, site: GraphSite) -> bytes:
     number = {node: index for index, node in enumerate(site.nodes)}
     position = {role.name: index for index, role in reversed(list(enumerate(site.roles))) if role.kind != "input"}
     origins = built.program.origins = [built.locations.origin(node.loc) for node in _nodes(graph)]
+    packs = packs_of(groups_of(built.program.kernels), built.program.kernels.binaries)
     fields = {
         "graph": str(_with_locations(graph, iter([None] * len(origins)))),
         "inputs": site.inputs,
         "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
         "locations": [None if origin is None else number[origin] for origin in origins],
         "tactics": write_table(built.program.kernels),
+        "packs": [(pack.sizes, pack.ptx) for pack in packs],
         "float32": [built.program.float32.products, built.program.float32.convolutions],
         "called": [number[node] for node in built.called],
         "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
     }
-    data = {f"kernel/{name}": _bytes(stored) for name, stored in built.program.kernels.binaries.items()}
+    data = {f"kernels/{index}": _bytes(pack.stored) for index, pack in enumerate(packs)}
     for parameter in graph.parameters:
         if parameter.name in constants:
             tensor = constants[parameter.name].detach().resolve_conj().resolve_neg().cpu()
@@ -200,7 +203,11 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         fields = json.loads(body[8:start])
         data = load(body[start:])
         constants = {name.removeprefix("constant/"): t for name, t in data.items() if name.startswith("constant/")}
-        binaries = {n.removeprefix("kernel/"): bytes(t.tolist()) for n, t in data.items() if n.startswith("kernel/")}
+        stored = [bytes(memory_of(data[f"kernels/{index}"])) for index in range(len(fields["packs"]))]
+        packs = [
+            Pack(data, tuple((str(name), int(size)) for name, size in rows), bool(ptx))
+            for data, (rows, ptx) in zip(stored, fields["packs"], strict=True)
+        ]
         indices = fields["locations"] if site.locations is None else site.locations
         origins = [None if index is None else site.nodes[index] for index in indices]
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
@@ -208,7 +215,7 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         types = {parameter.name: parameter.type for parameter in graph.parameters}
         constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
-        kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
+        kernels = replace(read_table(fields["tactics"], graph), binaries=Binaries(packs))
         called = {str(one) for node in site.nodes for one in (node.target, *node.args[:1])} | {"python"} | CONTROL
         unexpected = {node.op for node in calls(graph) if node.kind == "fallback"} - called
         if unexpected:

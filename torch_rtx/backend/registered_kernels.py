@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from torch_rtx.backend.registered_operators import operator_of
+from torch_rtx.binaries import named
 from torch_rtx.errors import CaptureError, KernelError, SettingsError, Unsupported
 from torch_rtx.foreign import launch_in, register
 from torch_rtx.ir import Dim, Graph, Loc
@@ -31,7 +32,7 @@ from torch_rtx.lowering.kernels.toolchain import Job, lower
 from torch_rtx.lowering.kernels.triton_kernels import NUMBER, SIZE, TENSOR, Argument
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.launch import Launcher, gpu_of
-from torch_rtx.tactics import MAX_THREADS, NUMBERS, Launch, Slot, Tactic, pack
+from torch_rtx.tactics import MAX_THREADS, NUMBERS, Launch, Slot, Tactic
 from torch_rtx.targets import Arch, arch_of
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)")
@@ -179,9 +180,9 @@ class BinaryKernel:
         made = ForeignCode(self.form, (code,), slots, (), self.block, self.shared)
         job = Job(self.entry, "", (), (), False, self._warps, 1, target.sm, foreign=made, **{self.form: code})  # type: ignore[arg-type]
         built = lower(job)
-        digest, stored = pack(built.ptx if target.ptx else built.cubin)
-        launch = Launch((0,) * self.integers, (1, 1, 1), False, built.variant(digest), None, slots, self.block)
-        return Launcher(gpu, self.entry, launch, target, {digest: stored}, count)
+        name, binary = named(built.ptx if target.ptx else built.cubin)
+        launch = Launch((0,) * self.integers, (1, 1, 1), False, built.variant(name), None, slots, self.block)
+        return Launcher(gpu, self.entry, launch, target, {name: binary}, count)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ a CUDA stream of its own, call without waits in between: the throughput, and on 
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,12 +63,11 @@ class Times:
     @staticmethod
     def of(seconds: Sequence[float], percentiles: Sequence[float]) -> Times:
         """The summary of times in seconds; percentiles are interpolated between neighbours."""
-        import numpy as np
+        from torch_rtx.runtime.call_times import percentile
 
-        ms = np.array(seconds) * 1e3
-        found = {f"{percent:g}": float(np.percentile(ms, percent)) for percent in percentiles}
-        low, mean, median, high = map(float, (ms.min(), ms.mean(), np.median(ms), ms.max()))
-        return Times(len(ms), low, mean, median, high, found)
+        ms = sorted(1e3 * each for each in seconds)
+        found = {f"{percent:g}": percentile(ms, percent) for percent in percentiles}
+        return Times(len(ms), ms[0], statistics.fmean(ms), statistics.median(ms), ms[-1], found)
 
     def __str__(self) -> str:
         parts = [f"p{percent} {ms:.4g}" for percent, ms in self.percentiles.items()]
@@ -152,7 +153,8 @@ def bench(
         return [_call(function, module, values, transfers) for _ in range(threads)]
 
     made = called(module)
-    stage("compiling and measuring kernels")
+    if module.device.type == "cuda":
+        stage("compiling and measuring kernels")
     made[0]()
     if not wait(WAIT_S):
         raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
@@ -210,16 +212,23 @@ def percentiles_given(given: Iterable[str]) -> tuple[float, ...]:
 
 
 def _call(function: Call, module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Call:
-    """A call of `function`, whose arguments are the module's, with inputs of its own, and with copies to and from the
-    device if `transfers`."""
+    """A call of `function`, whose arguments are the module's, with inputs of its own, several sets in turns, and with
+    copies to and from the device if `transfers`."""
     import torch
     from torch.utils import _pytree as pytree
 
-    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    from torch_rtx.runtime.call_times import SETS
+
     if not transfers or module.device.type != "cuda":
-        args, kwargs = calls.arguments(module, own)
-        return lambda: function(*args, **kwargs)
-    pinned = [x.cpu().pin_memory() if isinstance(x, torch.Tensor) and x.is_cuda else x for x in own]
+        own = [[x.clone() if isinstance(x, torch.Tensor) else x for x in inputs] for _ in range(SETS)]
+        sets = itertools.cycle([calls.arguments(module, each) for each in own])
+
+        def rotating() -> Any:
+            args, kwargs = next(sets)
+            return function(*args, **kwargs)
+
+        return rotating
+    pinned = [x.cpu().pin_memory() if isinstance(x, torch.Tensor) and x.is_cuda else x for x in inputs]
     back: list[torch.Tensor] = []
 
     def call() -> Any:
@@ -251,20 +260,16 @@ def measure(
     """
     import torch
 
+    from torch_rtx.runtime.call_times import alone, undisturbed
+
     stage("measuring latency")
     _repeat(lambda: _finished(made[0], device), 3, warmup)
-    latency, host = [], []
-
-    def alone() -> None:
-        start = time.perf_counter()
-        made[0]()
-        host.append(time.perf_counter() - start)
-        _synchronize(device)
-        latency.append(time.perf_counter() - start)
-
-    _repeat(alone, iterations, duration)
-    stage("measuring throughput")
-    per_call, throughput = _in_a_row(made, device, iterations, duration, warmup)
+    single: list[tuple[float, float]] = []
+    with undisturbed():
+        _repeat(lambda: single.append(alone(made[0], lambda: _synchronize(device))), iterations, duration)
+        stage("measuring throughput")
+        per_call, throughput = _in_rows(made, device, iterations, duration, warmup)
+    host, latency = zip(*single, strict=True)
     return Figures(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         len(made),
@@ -276,11 +281,11 @@ def measure(
     )
 
 
-def _in_a_row(
+def _in_rows(
     made: Sequence[Call], device: Any, iterations: int, duration: float, warmup: float
 ) -> tuple[list[float], float]:
     """Seconds per call of the first thread, by events, none on the CPU; and calls per second of all threads."""
-    import torch
+    from torch_rtx.runtime.call_times import in_a_row
 
     barrier, counts, spans, problems = threading.Barrier(len(made)), [0] * len(made), [0.0] * len(made), []
     per_call: list[float] = []
@@ -292,15 +297,8 @@ def _in_a_row(
             start = time.perf_counter()
             while counts[index] < iterations or time.perf_counter() - start < duration:
                 if device.type == "cuda":
-                    events = [torch.cuda.Event(enable_timing=True) for _ in range(IN_FLIGHT + 1)]
-                    events[0].record()
-                    for event in events[1:]:
-                        made[index]()
-                        event.record()
-                    events[-1].synchronize()
-                    # The first call of a row waits for nothing: the others say what a stream of calls costs.
-                    pairs = zip(events[1:], events[2:], strict=False)
-                    per_call.extend(before.elapsed_time(after) / 1e3 for before, after in pairs if index == 0)
+                    row = in_a_row(made[index], IN_FLIGHT - 1)
+                    per_call.extend(row if index == 0 else ())
                     counts[index] += IN_FLIGHT
                 else:
                     made[index]()

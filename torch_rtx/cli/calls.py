@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torch_rtx.cli.shapes import shapes_given, solve
-from torch_rtx.engine import Engine, names_of_sizes
+from torch_rtx.engine import Engine
+from torch_rtx.engine_header import names_of_sizes
 from torch_rtx.errors import SettingsError
 from torch_rtx.ir import OBJECT, ScalarType, TensorType, Type, dim_syms, evaluate, type_dims
 from torch_rtx.profiles import Range

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,8 @@ def profile(
         calls.fill_in_weights(module, seed)
     stage("measuring each node")
     found = profiling.profile(module.session, values, repeats=repeats)
-    for target, write in ((trace, found.trace), (html, partial(found.html, model=path.name))):
+    found = replace(found, about={**found.about, "model": path.name})
+    for target, write in ((trace, found.trace), (html, found.html)):
         if target is not None:
             write(target)
     if modules is not None:

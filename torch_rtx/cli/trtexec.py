@@ -143,17 +143,23 @@ FLAGS = (
     _no("--dumpLayerInfo, --exportLayerInfo, --profilingVerbosity", "`torch-rtx inspect ENGINE --layers`"),
     _no("--dumpRefit, --getPlanVersionOnly, --dumpOptimizationProfile", "`torch-rtx inspect ENGINE`"),
     _no("--dumpOutput, --dumpRawBindingsToFile", "`torch-rtx run ENGINE --out FILE`"),
-    _no("--timingCacheFile", "builds measure nothing; `torch-rtx bench -O runtime_cache=FILE` does"),
+    _no(
+        "--timingCacheFile, --errorOnTimingCacheMiss, --avgTiming, --minTiming, --heuristic",
+        "builds measure nothing; `torch-rtx bench -O runtime_cache=FILE` does",
+    ),
     _no("--memPoolSize, --workspace, --allocationStrategy", "an engine has one arena, of the size that it needs"),
     _no(
         "--builderOptimizationLevel, --tacticSources, --maxAuxStreams, --maxTactics",
         "`torch-rtx bench -O tactics=library`",
     ),
     _no("--layerPrecisions, --layerOutputTypes, --layerDeviceTypes, --precisionConstraints", "cast the layers before"),
-    _no("--inputIOFormats, --outputIOFormats", "cast the inputs and the results in the model"),
+    _no("--inputIOFormats, --outputIOFormats, --directIO", "cast the inputs and the results in the model"),
     _no("--sparsity", "zeros in weights are not made use of"),
     _no("--useDLACore, --allowGPUFallback", "engines run on GPUs and CPUs, not on a DLA"),
-    _no("--plugins, --staticPlugins, --dynamicPlugins, --setPluginsToSerialize", "there are no plugins"),
+    _no(
+        "--plugins, --staticPlugins, --dynamicPlugins, --setPluginsToSerialize",
+        "there are no plugins; `torch_rtx.register_kernel` registers kernels of yours",
+    ),
     _no("--batch, --maxBatch", "shapes contain the batch: `--shapes=x:8x3x224x224`"),
     _no("--sleepTime, --idleTime, --timeDeserialize, --timeRefit, --monitorMemory", "`bench` does not do this"),
     _no("--useManagedMemory, --exposeDMA, --persistentCacheRatio", "this is not for you to select"),
@@ -163,7 +169,8 @@ FLAGS = (
         "--hardwareCompatibilityLevel, --runtimePlatform",
         "`torch-rtx build --target`, `--platform`",
     ),
-    _no("--safe, --consistency", "there is no restricted mode"),
+    _no("--safe, --consistency, --restricted", "there is no restricted mode"),
+    _no("--excludeLeanRuntime, --leanDLLPath, --useRuntime", "there is one runtime, PyTorch with this package"),
     _no("--uff, --model, --deploy, --uffInput, --output", "models are read from ONNX and PyTorch"),
 )
 _BY_NAME = {name: flag for flag in FLAGS for name in flag.names.split(", ")}

@@ -21,15 +21,18 @@ from torch.utils import _pytree as pytree
 from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.lowering.captured_gradients import PROBLEM, Gradients, total_of
 from torch_rtx.lowering.from_fx import attribute, call_arguments, number_of, op_of
-from torch_rtx.score_mods import INDEX, OPS, PLACES, buffer, is_place, modification, scalar
+from torch_rtx.score_mods import INDEX, OPS, PLACES, buffer, is_place, modification, scalar, terms_of
 
 log = logging.getLogger(__name__)
 aten_ops = torch.ops.aten
 FORWARD = torch.ops.higher_order.flex_attention
 BACKWARD = torch.ops.higher_order.flex_attention_backward
+WHY = "torch_rtx_problem"  # of a call that stays, among its meta data
 SINGLE = 1 << 30  # the block size of a mask that lists one block, of everything
 LISTS, LISTS_BY_KEYS = slice(2, 6), slice(6, 10)  # in a block mask: of blocks of keys, and of blocks of queries
+ROUNDED = ("f32", "f64")  # to narrower floats
 OMITTED = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 ALIASES = frozenset(
     getattr(torch.ops.aten, name).default for name in ("alias", "detach", "clone", "lift_fresh", "lift_fresh_copy")
@@ -54,6 +57,7 @@ def name_flex_attention(gm: fx.GraphModule) -> None:
             replacements[node.target](gm, node)
         except (Unsupported, InvalidIR) as error:
             log.info("%s stays PyTorch's own: %s", node, error.message)
+            node.meta[WHY] = error.message
     if calls:
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -83,8 +87,8 @@ def _replace_backward(gm: fx.GraphModule, node: fx.Node) -> None:
     mask, scale, _, score_buffers, mask_buffers = given[9:]
     query, key, value, out, logsumexp = operands
     results: dict[Any, fx.Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    if len(results) < len(node.users) or (3 in results and _is_read(results[3])):
-        raise Unsupported("gradients of what a modification of scores captures")
+    if len(results) < len(node.users):
+        raise Unsupported("gradients that are read as a whole")
     if gradient is None:
         raise Unsupported("a gradient of statistics alone")
     writer, dtype = _Writer(gm, node), _wide(query)
@@ -101,6 +105,7 @@ def _replace_backward(gm: fx.GraphModule, node: fx.Node) -> None:
         delta = writer.emit(aten_ops.sub.Tensor, (delta, shift))
     made: dict[int, fx.Node] = {}
     tensors = (gradient, query, key, value, logsumexp, delta)
+    captured = _captured(writer, results.get(3), mods[1], score_buffers, tensors, options, mask)
     orders = [_order(one) for one in node.meta["val"][:3]]
     if 0 in results:
         blocks, options["block_size"] = _blocks(mask, LISTS)
@@ -115,15 +120,48 @@ def _replace_backward(gm: fx.GraphModule, node: fx.Node) -> None:
     for index, user in results.items():
         if index in made:
             user.replace_all_uses_with(made[index])
-        for unread in list(user.users):
-            gm.graph.erase_node(unread)
+        for one in list(user.users):
+            if one in captured:
+                one.replace_all_uses_with(captured[one])
+            gm.graph.erase_node(one)
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
 
 
-def _is_read(results: fx.Node) -> bool:
-    """Something reads a gradient of a captured tensor; those of others are None."""
-    return any(user.target is not operator.getitem or user.users for user in results.users)
+def _captured(
+    writer: _Writer,
+    results: fx.Node | None,
+    joint: fx.Node,
+    given: Sequence[Any],
+    tensors: Sequence[fx.Node],
+    options: dict[str, Any],
+    mask: Sequence[Any],
+) -> dict[fx.Node, fx.Node]:
+    """By the node that reads the gradient of a captured tensor: what is in its place; those of others are None.
+
+    Raises:
+        Unsupported: a gradient is no sum over scores.
+    """
+    read = [user for user in results.users if user.users] if results is not None else []
+    if any(user.target is not operator.getitem for user in read):
+        raise Unsupported("gradients of captured tensors that are read as a whole")
+    if not read:
+        return {}
+    text, mod, nodes = writer.gradients(joint, given, [user.args[1] for user in read], _wide(tensors[1]))  # type: ignore[misc]
+    assert mod.gradients is not None
+    total: fx.Node | None = None
+    if text:
+        blocks, size = _blocks(mask, LISTS)
+        _, arguments = mod.gradients.texts()
+        elements = total_of(arguments["sizes"], arguments["ranks"])
+        like = {"dtype": _wide(tensors[1]), "device": tensors[1].meta["val"].device}
+        zeros = writer.emit(aten_ops.full.default, ([elements], 0), like)
+        same = {name: options[name] for name in ("scale", "score_mod", "mask_mod")}
+        outer = {**same, **arguments, "block_size": size, "gradients": text}
+        target = torch.ops.torch_rtx.flex_attention_grad_captured.default
+        total = writer.emit(target, (zeros, *tensors, blocks, writer.buffers), outer)
+    found = mod.gradients.finish(total, writer.emit)
+    return {user: found(mod.gradients.result(node)) for user, node in zip(read, nodes, strict=True)}
 
 
 def _as(writer: _Writer, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -205,6 +243,31 @@ class _Writer:
         modification(text)
         return text
 
+    def gradients(
+        self, joint: fx.Node, given: Sequence[Any], which: Sequence[int], score: torch.dtype
+    ) -> tuple[str, _Mod, list[fx.Node]]:
+        """The text of gradients of captured tensors, how it was made, and the node of each gradient in the module.
+
+        Args:
+            which: of `given` have gradients.
+        """
+        found = _Mod(self, attribute(self.gm, joint))
+        found.begin(["score", *PLACES, "g"], given, score)
+        found.gradients = Gradients(found.env, found.widened)
+        leaves = found.results()
+        nodes = [leaves[len(PLACES) + 1 + index] for index in which]
+        if not all(isinstance(one, fx.Node) for one in nodes):
+            raise Unsupported(PROBLEM)
+        found.run(nodes)
+        for one in nodes:
+            found.gradients.result(one)
+        outputs, arguments = found.gradients.texts()
+        if not outputs:
+            return "", found, nodes
+        text = str(found.graph(*outputs)).strip()
+        terms_of(text, **arguments)
+        return text, found, nodes
+
     def place_of(self, buffer: fx.Node) -> int:
         """Which of `buffers` a tensor of the outer graph is."""
         if buffer not in self.buffers:
@@ -237,6 +300,7 @@ class _Mod:
     scalars: dict[str, Value] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    gradients: Gradients | None = None
 
     def begin(self, names: Sequence[str], given: Sequence[Any], score: torch.dtype | None) -> None:
         """Name the inputs."""
@@ -249,24 +313,43 @@ class _Mod:
 
     def write(self) -> Any:
         """Write all calls; returns the result: a value or a number."""
-        (output,) = self.inner.graph.find_nodes(op="output")
-        result = pytree.tree_leaves(output.args)[0]  # other gradients of a modification are not read
+        result = self.results()[0]
         if not isinstance(result, fx.Node):
             raise Unsupported("a modification of scores without a result")
-        needed = _needed(result)
+        self.run([result])
+        return self._operand(self.env[result])
+
+    def results(self) -> list[Any]:
+        """What the module returns: of one that computes gradients, those of the score, the places and what is
+        captured."""
+        (output,) = self.inner.graph.find_nodes(op="output")
+        return pytree.tree_leaves(output.args)
+
+    def run(self, results: Sequence[fx.Node]) -> None:
+        """Write the calls that results need."""
+        needed = set().union(*map(_needed, results))
         for node in self.inner.graph.nodes:
             if node not in needed or node.op == "placeholder":
                 continue
             if node.op not in ("get_attr", "call_function"):
                 raise Unsupported(f"a modification of scores with a {node.op}")
-            self.env[node] = self._attribute(node) if node.op == "get_attr" else self._call(node)
-        return self._operand(self.env[result])
+            if self.gradients is not None and self.gradients.takes(node):
+                self.env[node] = self.gradients.call(node)
+            else:
+                self.env[node] = self._attribute(node) if node.op == "get_attr" else self._call(node)
 
-    def graph(self, output: Value) -> Graph:
+    def widened(self, number: Value) -> Value:
+        """What a number was before it was rounded."""
+        made = next((node for node in self.nodes if number in node.results), None)
+        source = made.arg("self") if made is not None and made.op == "aten._to_copy.default" else None
+        is_float = isinstance(source, Value) and isinstance(source.type, TensorType) and source.type.dtype in ROUNDED
+        return source if is_float else number  # type: ignore[return-value]
+
+    def graph(self, *outputs: Value) -> Graph:
         """What was written."""
-        read = {value.name for node in self.nodes for value in node.inputs} | {output.name}
+        read = {value.name for node in self.nodes for value in node.inputs} | {value.name for value in outputs}
         inputs = [value for value in (*self.scalars.values(), *self.inputs.values()) if value.name in read]
-        return Graph("import", tuple(inputs), nodes=tuple(self.nodes), outputs=(output,))
+        return Graph("import", tuple(inputs), nodes=tuple(self.nodes), outputs=outputs)
 
     def constant(self, number: bool | int | float, dtype: torch.dtype) -> Value:
         """A number as a value."""

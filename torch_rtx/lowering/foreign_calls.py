@@ -8,7 +8,7 @@ sizes, and the tensors that the kernel writes are copied before. `@triton.heuris
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from torch_rtx.optable import LAUNCH
 
 NAME = "triton_kernel_wrapper_functional"
 OPTIONS = ("maxnreg",)  # of a configuration, beside the numbers of warps and stages
+# Options of a launch beside these: for the compiler, and those without which a kernel computes the same.
+LAUNCH_OPTIONS = (*OPTIONS, "enable_fp_fusion", "sanitize_overflow", "default_dot_input_precision", "debug")
+IGNORED = ("launch_pdl", "warmup")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def _of_triton(node: fx.Node, loc: Loc | None) -> Launched:
     function, configs = kernel, getattr(kernel, "configs", None)
     while hasattr(function, "fn") and not hasattr(function, "params"):
         function = function.fn
+    options = _options(function, values)
     made = [_config(config) for config in configs] if configs else [Config({})]
+    made = [replace(one, options=tuple((dict(one.options) | options).items())) for one in made]
     arguments, tensors, sizes, constants = _sorted(function, values, {name for c in made for name in c.constants}, loc)
     configs = tuple(Config({**constants, **c.constants}, c.num_warps, c.num_stages, c.options) for c in made)
     grids = [size for grid in given["grid"] for size in grid]
@@ -101,6 +106,22 @@ def _of_triton(node: fx.Node, loc: Loc | None) -> Launched:
     key = register(TritonKernel(function, arguments, configs, loc))
     written = tuple(positions[name] for name in node.meta["val"])
     return Launched(key, tuple(tensors), written, (*sizes, *grids))
+
+
+def _options(function: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a launch, which are taken out of its arguments.
+
+    Raises:
+        Unsupported: one that no engine heeds.
+    """
+    params = {param.name for param in function.params}
+    if values.get("launch_cooperative_grid") and "launch_cooperative_grid" not in params:
+        raise Unsupported("a cooperative launch of a Triton kernel")
+    for name in (*IGNORED, "launch_cooperative_grid"):
+        if name not in params:
+            values.pop(name, None)
+    given = [name for name in LAUNCH_OPTIONS if name in values and name not in params]
+    return {name: value for name in given if (value := values.pop(name)) is not None}
 
 
 def _config(config: Any) -> Config:

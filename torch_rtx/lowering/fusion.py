@@ -22,8 +22,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.kernels.generate import fastest, generate
-from torch_rtx.lowering.kernels.index import Index, from_dim, product
-from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.index import Index, from_dim, product, variable
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, address, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations
 from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
@@ -31,7 +31,7 @@ from torch_rtx.lowering.kernels.rows import rows_of
 from torch_rtx.lowering.rewrite import COPIES
 from torch_rtx.lowering.row_ranges import ranges_of_rows
 from torch_rtx.lowering.widening import is_elementwise, widened_factors, widens
-from torch_rtx.op_work import ANCHORS
+from torch_rtx.op_work import ANCHORS, PRODUCTS
 from torch_rtx.targets import Arch
 
 MAX_MEMBERS = 64
@@ -41,6 +41,7 @@ MOST_AGAIN = 16  # times that a longer producer may be computed again
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
+RUN = 64  # elements that are neighbours in memory, so that it does not matter where the next ones are
 MINOR = 8  # times as much is read beside an operand that a kernel may read in any order
 NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
@@ -141,6 +142,7 @@ class FusionPlan:
             if self.group_of[index].space != iteration_space_of(self.nodes[index]):
                 self._merge_producers(index)
         anchors = [i for i in sorted(self.group_of) if self.nodes[i].kind == "op" and self.nodes[i].op in ANCHORS]
+        anchors = [i for i in anchors if self.atomics or not scatters(self.nodes[i])]
         for index in anchors:
             self._narrow(index)
         # The last anchor first: a loop that reads results of several is the epilogue of the one that it waits for.
@@ -162,7 +164,8 @@ class FusionPlan:
             loop = node.kind == "op" and not barrier and index not in self.ranges
             loop = loop and (self.atomics or not scatters(node))
             space = iteration_space_of(node) if loop else None
-            if space is not None and scatters(node):
+            anchor = loop and node.op in ANCHORS
+            if (space is not None or anchor) and scatters(node):
                 self.begun.update(value.name for value in attr_values(node.arg("self")))
             self.group_of[index] = FusionGroup([index], epoch, space)
             if space is not None and space.size is not None:
@@ -342,7 +345,7 @@ class FusionPlan:
         readers = {id(self.group_of[i]): self.group_of[i] for i in self.users(anchor)}
         tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
         after = [tail] if tail is not None and self._is_epilogue(tail, anchor) else []
-        before = self._prologue(index)
+        before = [] if scatters(self.nodes[index]) else self._prologue(index)
         choices = ([*before, anchor, *after], [anchor, *after], [*before, anchor], [anchor])
         for groups in (groups for at, groups in enumerate(choices) if groups not in choices[:at]):
             steps = [node for group in groups for node in self._steps(group)]
@@ -356,8 +359,8 @@ class FusionPlan:
         return [self.kernel(group)] if loop else [self.nodes[member] for member in group.members]
 
     def _prologue(self, index: int) -> list[FusionGroup]:
-        """The loops that widen operands of the anchor at `index`, or that put a minor one in order, and have no other
-        reader."""
+        """The loops that widen operands of the anchor at `index`, or that put a minor one or rows in order, and have no
+        other reader."""
         found: dict[int, FusionGroup] = {}
         for value in self.nodes[index].inputs:
             group = self.group_of.get(self.producer.get(self.base(value).name, -1))
@@ -367,7 +370,11 @@ class FusionPlan:
             types = [value.type for value in (*inputs, *outputs) if isinstance(value.type, TensorType)]
             sole_user = set(self.users(group)) == {index} and len(outputs) == 1
             joins = sole_user and group.epoch == self.group_of[index].epoch
-            joins = joins and (widens(types[:-1], types[-1]) or self._is_minor_order(group, types[-1], index))
+            joins = joins and (
+                widens(types[:-1], types[-1])
+                or self._is_minor_order(group, types[-1], index)
+                or self._is_order_of_rows(group, index)
+            )
             if joins and all(is_elementwise(self.nodes[member]) for member in group.members):
                 found[id(group)] = group
         return list(found.values())
@@ -380,13 +387,28 @@ class FusionPlan:
         minor = MINOR * bytes_of(result) <= sum(map(bytes_of, read))
         return minor and all(isinstance(tensor, Load | View | Select | Const) for tensor in tensors)
 
+    def _is_order_of_rows(self, group: FusionGroup, index: int) -> bool:
+        """`group` only puts rows of the first factor of the product at `index` in another order, as windows of an image
+        are: the product may as well read them where they lie."""
+        node, (_, (result,)) = self.nodes[index], self.interface(group)
+        factor = node.arg(PRODUCTS[node.op][0]) if node.op in PRODUCTS else None
+        if not isinstance(factor, Value) or self.base(factor) != result:
+            return False
+        length, shape = tensor_type(factor).shape[-1], tensor_type(result).shape
+        if not isinstance(length, int) or length < RUN or shape[-1:] != (length,):
+            return False
+        (tensor,) = region(self.body(group)).outputs
+        position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(tensor.shape))
+        found = address(tensor, position)
+        return found is not None and not set(position[-1].variables()) & set((found - position[-1]).variables())
+
     def _narrow(self, index: int) -> None:
         """Give the anchor at `index` an epilogue of its own, of the first operations of the loop that reads its result,
         down to one whose elements are narrower, where the loop itself reduces rows or is the epilogue of a later
         anchor. The sums of int8 then need not be written."""
         anchor, chain = self.group_of[index], list[int]()
         result, *others = self.results(anchor)
-        if others:
+        if others or scatters(self.nodes[index]):
             return
         tails = [self.group_of[reader] for reader in self.users(anchor)]
         if len(set(map(id, tails))) != 1 or tails[0].epoch != anchor.epoch:
@@ -421,6 +443,8 @@ class FusionPlan:
         """`tail` is a loop over the elements of the anchor's result, or over pairs of them, as a gated unit has."""
         result, *others = self.results(anchor)
         space = tail.space
+        if scatters(self.nodes[anchor.members[0]]):  # it is not complete before the kernel ends
+            return False
         if others or space is None or space.size is not None or tail.epoch != anchor.epoch:
             return False
         whole = elements(result)

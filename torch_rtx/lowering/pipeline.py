@@ -45,6 +45,7 @@ from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
+from torch_rtx.lowering.passes.raise_products import raise_products
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.reduce_in_place import reduce_in_place
@@ -152,6 +153,7 @@ class Pass:
 PIPELINE = (
     Pass(simplify),
     Pass(cse),
+    Pass(raise_products, needs=("targets",)),
     Pass(raise_attention),
     Pass(raise_gelu),
     Pass(raise_group_norm),

@@ -15,6 +15,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.control_flow import flow_of, inner_nodes
 from torch_rtx.lowering.effects import read_before_wait
+from torch_rtx.lowering.flex_calls import WHY
 from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.from_fx import call_arguments, flow_problem, is_number, op_of
 from torch_rtx.lowering.functional_calls import functional_call
@@ -53,7 +54,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return f"operator {call[0]} writes to its arguments"
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
-        return f"{kind} {getattr(op, '__name__', op)}"
+        why = f": {node.meta[WHY]}" if WHY in node.meta else ""
+        return f"{kind} {getattr(op, '__name__', op)}{why}"
     if str(op) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
     if op is not node.target and _is_view(node) and _shares_result(node):

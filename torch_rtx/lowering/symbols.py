@@ -15,6 +15,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch_rtx.aten import dtype_name
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import INT64_MIN, MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
+from torch_rtx.lowering.kernels.index import bounds
 
 UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; every bound from here on counts as none
 EXACT = 2**20  # a number below it times a size below UNBOUNDED fits the 53 mantissa bits of a double
@@ -229,7 +230,8 @@ def _negated(condition: Dim) -> Dim:
 def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     """trunc(c * n), the size of an interpolation by the factor c, as an integer division: 1.5 * n is 3 * n // 2.
 
-    A factor with many digits (such as 1.7) is a leaf: floating point rounds the product, and `//` would not.
+    A factor with many digits (such as 1.7) is a leaf: floating point rounds the product, and `//` would not. So is a
+    number that may be negative: `//` rounds it down, and `trunc` towards 0.
     """
     factors = sympy.Mul.make_args(expr.args[0])
     scales = [factor for factor in factors if factor.is_Float]
@@ -237,7 +239,10 @@ def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     above, below = float(sympy.prod(scales)).as_integer_ratio()
     if len(sizes) != 1 or len(scales) + 1 != len(factors) or not 0 < above < EXACT or below > EXACT:
         return leaf(expr)
-    return dim_expr("//", dim_expr("*", above, convert(sizes[0], leaf)), below)
+    size = convert(sizes[0], leaf)
+    if isinstance(expr, symfn.TruncToInt) and bounds(size)[0] < 0:
+        return leaf(expr)
+    return dim_expr("//", dim_expr("*", above, size), below)
 
 
 def _sym(name: str, bounds: Any, typical: int | None) -> Sym:

@@ -27,7 +27,7 @@ from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind, bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.settings import BEST, CALLS
-from torch_rtx.tactics import NUMBERS, KernelTable, Launch, Runnable, Slot, Tactic, Variant, runnable_tactics, unpack
+from torch_rtx.tactics import NUMBERS, KernelTable, Launch, Runnable, Slot, Tactic, Variant, runnable_tactics
 from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of
 
 log = logging.getLogger(__name__)
@@ -183,21 +183,22 @@ class Gpu:
         self._modules: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def function(self, variant: Variant, stored: bytes, ptx: bool, store: Store | None = None) -> Any:
+    def function(self, variant: Variant, binaries: Mapping[str, bytes], ptx: bool, store: Store | None = None) -> Any:
         """The driver's handle of a kernel; loads its binary if necessary.
 
         Args:
-            stored: the binary, compressed.
-            ptx: the binary is PTX, which the driver compiles.
+            binaries: see `KernelTable`.
+            ptx: its binary is PTX, which the driver compiles.
             store: keeps the result of that.
 
         Raises:
-            RuntimeError: the driver refuses the binary.
+            RuntimeError: the driver refuses the binary, or it is damaged.
         """
         driver, attributes = self.driver, self.driver.CUfunction_attribute
         image = b""
         if variant.binary not in self._modules:  # not under the lock: compiling takes seconds
-            image = self._compiled(variant.binary, unpack(stored), store) if ptx else unpack(stored)
+            image = binaries[variant.binary]
+            image = self._compiled(variant.binary, image, store) if ptx else image
         with self._lock:
             checked(driver.cuCtxPushCurrent(self.context))
             try:
@@ -316,7 +317,7 @@ class Launcher:
         try:
             codes = [
                 (
-                    gpu.function(v, binaries[v.binary], target.ptx, store),
+                    gpu.function(v, binaries, target.ptx, store),
                     launch.block or (32 * v.num_warps, 1, 1),
                     v.shared,
                 )

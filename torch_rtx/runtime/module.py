@@ -19,6 +19,7 @@ from torch_rtx import aten, platforms
 from torch_rtx import engine as engine_file
 from torch_rtx.collectives import bound
 from torch_rtx.engine import Engine
+from torch_rtx.engine_header import name_of
 from torch_rtx.errors import (
     CallError,
     EngineFormatError,
@@ -412,7 +413,7 @@ def load(
             no collection, or a process group is missing or is another one.
     """
     settings = settings_of(RuntimeSettings, settings)
-    name = engine_file.name_of(path)
+    name = name_of(path)
     if isinstance(trusted_ops, str):
         hint = f"write trusted_ops=[{trusted_ops!r}]"
         raise SettingsError(f"trusted_ops must be a list of names, not {trusted_ops!r}", hint=hint)
@@ -426,7 +427,7 @@ def load(
         check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
         kernels = engine.kernels if trust_binaries or sha256 is not None else KernelTable()
         if engine.kernels and not kernels and placed.type == "cuda":
-            log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", name)
+            log.warning("%s: its kernels do not run without trust_binaries=True (--trust-binaries)", name)
         bound_to = checked_groups(engine.graph, engine.manifest, groups)
         module = CompiledModule(engine, placed, settings, (), trusted_ops, None, kernels, check, bound_to)
         if weights is not None:

@@ -224,7 +224,11 @@ class ModuleMethods(nn.Module):
         """
         for dtype in {torch.uint8} | {aten.DTYPES[p.type.dtype] for p in self._store.parameters}:
             before = torch.empty(0, dtype=dtype, device=self.device)
-            after = fn(before)
+            try:
+                after = fn(before)
+            except (AssertionError, RuntimeError) as error:  # PyTorch's, of a device that is not here
+                hint = "torch_rtx.save it, then torch_rtx.load(path, weights, device=...)"
+                raise RtxError(f"the engine runs on {self.device} and can't move: {error}", hint=hint) from None
             if after.device != before.device:
                 hint = f"torch_rtx.save it, then torch_rtx.load(path, weights, device={str(after.device)!r})"
                 raise RtxError(f"the engine runs on {self.device} and can't move to {after.device}", hint=hint)

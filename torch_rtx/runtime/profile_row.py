@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import median
 
 from torch_rtx.ir import Loc
+from torch_rtx.runtime.call_times import percentile
 from torch_rtx.runtime.node_cost import Cost
 
 
@@ -68,7 +68,7 @@ class Row:
     @property
     def p95(self) -> float:
         """The 95th percentile, in microseconds."""
-        return sorted(self.times)[math.ceil(0.95 * len(self.times)) - 1]
+        return percentile(self.times, 95)
 
     @property
     def gbps(self) -> float | None:

@@ -18,7 +18,7 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from torch_rtx.engine import names_of_sizes
+from torch_rtx.engine_header import names_of_sizes
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
 from torch_rtx.runtime.result_builder import builder
 
@@ -106,7 +106,8 @@ class Signature:
             if isinstance(leaf, int):
                 inputs.append(given)
             elif type(given) is not type(leaf.value) or given != leaf.value:
-                raise InputError(f"argument {leaf.name} is {given!r}, the engine was built for {leaf.value!r}")
+                shown = f"a {type(given).__name__}" if isinstance(given, torch.Tensor) else repr(given)
+                raise InputError(f"argument {leaf.name} is {shown}, the engine was built for {leaf.value!r}")
         return inputs
 
     def _flattened(self, given: Sequence[Any]) -> list[Any]:

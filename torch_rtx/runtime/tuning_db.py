@@ -17,15 +17,16 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.binaries import compress, decompress, digest
 from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU
 from torch_rtx.chips import Chip, read_figures
-from torch_rtx.errors import InvalidIR, KernelError
+from torch_rtx.errors import EngineFormatError, InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.runtime.ranks import agreed, said
-from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
+from torch_rtx.tactics import Candidate, check_tactic, read_tactic, write_tactic
 from torch_rtx.targets import EXACT, HIGHEST, Float32, Target, arch_of
 
 log = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ def triton_version() -> str | None:
 
 def write_candidate(candidate: Candidate, target: Target) -> bytes:
     """A candidate as JSON."""
-    binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
+    binaries = {name: b64encode(compress(binary)).decode() for name, binary in candidate.binaries.items()}
     tactic = write_tactic(candidate.tactic, target)
     return json.dumps(
         {"tactic": tactic, "rank": candidate.rank, "binaries": binaries, "triton": triton_version()}
@@ -281,7 +282,7 @@ def _read(stored: bytes, body: Graph) -> Candidate | None:
             log.info("a region is compiled again: the runtime cache has it from triton %s", given["triton"])
             return None
         return read_candidate(given, body)
-    except (ValueError, TypeError, KeyError, AttributeError, InvalidIR) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, InvalidIR, EngineFormatError) as error:
         log.warning("the runtime cache has an unreadable kernel, it is compiled again: %s", error)
         return None
 
@@ -291,8 +292,10 @@ def read_candidate(given: Any, body: Graph) -> Candidate:
 
     Raises:
         TypeError, ValueError, KeyError, InvalidIR: other JSON, or a tactic that does not fit `body`.
+        EngineFormatError: a damaged binary.
     """
-    binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
+    stored = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
+    binaries = {name: decompress(data) for name, data in stored.items()}
     (tactic,) = read_tactic(given["tactic"], body.syms).values()
     check_tactic(tactic, "a region", body)
     wanted = {variant.binary for launch in tactic.kernels.values() for variant in launch.variants}

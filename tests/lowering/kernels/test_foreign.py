@@ -21,10 +21,13 @@ from tests.helpers.foreign_kernels import (
     CASES,
     Launches,
     Product,
+    elsewhere,
+    hidden,
     in_place,
     scaled_sum,
     scaled_sum_op,
     through_float8,
+    with_options,
     wrong,
 )
 from torch_rtx.backend.fake_triton import standing_in
@@ -224,6 +227,21 @@ def test_a_wrong_signature_is_named_with_its_line() -> None:
     with pytest.raises(CaptureError, match="scaled_sum lacks the argument n") as caught:
         torch_rtx.compile(Launches(lacking), (torch.randn(4, 4),), device="cuda", targets=["sm_80"])
     assert "foreign_kernels.py" in str(caught.value.loc)
+
+
+def test_launches_whose_results_a_capture_would_lose() -> None:
+    """PyTorch takes them for launches that write to nothing, and drops them."""
+    for function, message in ((hidden, "of_a_pair gets a tensor inside of a tuple"), (elsewhere, "writes to none")):
+        with pytest.raises(CaptureError, match=message) as caught:
+            torch_rtx.compile(Launches(function), (torch.randn(4, 4),), device="cuda", targets=LATER)
+        assert "foreign_kernels.py" in str(caught.value), "where the model calls it"
+
+
+def test_options_of_a_launch() -> None:
+    module = torch_rtx.compile(Launches(with_options), (torch.randn(2, 8),), device="cuda", targets=["sm_80"])
+    (node,) = foreign_nodes(module.engine.graph)
+    (config,) = kernel_of(node).configs
+    assert (config.num_warps, dict(config.options)) == (2, {"maxnreg": 64, "enable_fp_fusion": False})
 
 
 class Counting(torch.nn.Module):

@@ -108,6 +108,21 @@ t: H[2, 6, 24](144, 1, 6) = transpose.int(self=f, dim0=1, dim1=2)
 y: H[2, 6, 24] = add.Tensor(self=t, other=p)
 return y
 """,
+    "a range of channels": """
+x: H[1, 32, 6, 5](960, 1, 160, 32)
+w: H[8, 16, 3, 3](144, 1, 48, 16)
+a: H[1, 16, 6, 5](960, 1, 160, 32) = slice.Tensor(self=x, dim=1, start=8, end=24)
+h: H[1, 8, 4, 3](96, 1, 24, 8) = conv2d.default(input=a, weight=w)
+return h
+""",
+    "a range of channels, depthwise": """
+x: H[1, 6, 5, 32]
+w: H[8, 1, 3, 3](9, 1, 3, 1)
+b: H[1, 6, 5, 8](960, 160, 32, 1) = slice.Tensor(self=x, dim=3, start=24, end=32)
+p: H[1, 8, 6, 5](960, 1, 160, 32) = permute.default(self=b, dims=[0, 3, 1, 2])
+h: H[1, 8, 6, 5](240, 1, 40, 8) = conv2d.default(input=p, weight=w, padding=[1, 1], groups=8)
+return h
+""",
     "a normalization and two results": """
 x: H[1, 16, 5, 4](320, 1, 64, 16)
 w: H[8, 16, 3, 3](144, 1, 48, 16)

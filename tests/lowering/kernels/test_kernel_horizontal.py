@@ -181,9 +181,57 @@ def test_parts_of_several_kinds(name: str, which: int) -> None:
     assert node.body is not None
     kernel = generate(node.body, "k", arch_of(80), which)
     assert kernel is not None
-    assert kernel.source.count("def loop") == kernel.source.count("    loop") > 1
+    assert kernel.source.count("def part") == kernel.source.count("    part") > 1
     for size in (0, 1, 63) if node.body.syms else (0,):
         check(node, {"s": size}, which)
+
+
+LINEARS = """
+    x: H[{rows}, 64]
+    a: H[48, 64]
+    b: H[48, 64]
+    c: H[48, 64]
+    d: H[48]
+    e: H[48]
+    f: H[48]
+    q: H[{rows}, 48] = linear.default(input=x, weight=a, bias=d)
+    k: H[{rows}, 48] = linear.default(input=x, weight=b, bias=e)
+    v: H[{rows}, 48] = linear.default(input=x, weight=c, bias=f)
+    return q, k, v"""
+PRODUCTS = {
+    "queries, keys and values": LINEARS.format(rows=40),
+    "of one row": LINEARS.format(rows=1),
+    "of any number of rows": "dim s = 0, 64, 1" + LINEARS.format(rows="s"),
+    "gradients of weights, and what follows": """
+        x: H[33, 24]
+        y: H[33, 24]
+        a: H[33, 40]
+        b: H[33, 40]
+        p: H[40, 33](1, 40) = permute.default(self=a, dims=[1, 0])
+        q: H[40, 33](1, 40) = permute.default(self=b, dims=[1, 0])
+        r: H[40, 24] = mm.default(self=p, mat2=x)
+        t: H[40, 24] = mm.default(self=q, mat2=y)
+        u: f32[40, 24] = _to_copy.default(self=r, dtype='f32')
+        w: f32[40, 24] = _to_copy.default(self=t, dtype='f32')
+        return u, w""",
+    "batches": """
+        x: H[3, 20, 32]
+        a: H[3, 32, 24]
+        b: H[3, 32, 24]
+        u: H[3, 20, 24] = bmm.default(self=x, mat2=a)
+        w: H[3, 20, 24] = bmm.default(self=x, mat2=b)
+        return u, w""",
+}
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name: str, dtype: str) -> None:
+    """Their programs choose matrices as those of loops choose tensors."""
+    node = grouped(PRODUCTS[name], dtype)
+    for size in (0, 1, 63) if node.body is not None and node.body.syms else (0,):
+        for which in (0, 1):
+            check(node, {"s": size}, which)
 
 
 def test_halves_of_two_kinds_are_no_parts_of_one_kernel() -> None:

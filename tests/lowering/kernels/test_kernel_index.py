@@ -34,12 +34,31 @@ from torch_rtx.lowering.kernels.source import needs_int64
 from torch_rtx.targets import arch_of
 
 N = constant
+SIGNED, SIZE = Sym("n", -6, 6), Sym("s", 2, 9)
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
 def value(index: Index, **numbers: int) -> int:
     """What the text is worth; the text is what the kernel gets."""
     return int(eval(str(index), {}, numbers))
+
+
+class Int32(int):
+    """A number as kernels compute with it: division rounds towards 0."""
+
+    def __add__(self, other: int) -> Int32:
+        return Int32(int(self) + other)
+
+    def __mul__(self, other: int) -> Int32:
+        return Int32(int(self) * other)
+
+    def __floordiv__(self, by: int) -> Int32:
+        return Int32(math.trunc(int(self) / by))
+
+    def __mod__(self, by: int) -> Int32:
+        return Int32(math.fmod(self, by))
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 def indices(shape: list[int]) -> tuple[Index, ...]:
@@ -93,6 +112,32 @@ def test_any_division_is_right(shape: list[int], strides: list[int], data: st.Da
         assert substitute(index, {f"X{a}": N(n) for a, n in enumerate(numbers)}) == N(plain)
 
 
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(-6, 6)), min_size=1, max_size=3), st.integers(0, 9), st.data())
+def test_a_part_of_an_index_may_be_negative(axes: list[tuple[int, int]], least: int, data: st.DataObject) -> None:
+    """7 - x is not, for x below 8, but the 3 - x that is left of it after a division by 4 is."""
+    variables = [variable(f"X{axis}", N(extent)) for axis, (extent, _) in enumerate(axes)]
+    lowest = sum((extent - 1) * min(stride, 0) for extent, stride in axes)
+    index = linear(variables, [N(stride) for _, stride in axes]) + N(least - lowest)
+    by, again = (data.draw(st.integers(1, 12)) for _ in range(2))
+    for numbers in itertools.product(*(range(extent) for extent, _ in axes)):
+        given = {f"X{axis}": Int32(number) for axis, number in enumerate(numbers)}
+        plain = least - lowest + sum(number * stride for number, (_, stride) in zip(numbers, axes, strict=True))
+        assert value(index // N(by), **given) == plain // by
+        assert value(index % N(by), **given) == plain % by
+        assert value(index // N(by) % N(again), **given) == plain // by % again
+        assert value(index % N(by * again) // N(by), **given) == plain % (by * again) // by
+
+
+@pytest.mark.parametrize("op", ["//", "%"])
+@pytest.mark.parametrize(("count", "shift"), [(1, -1), (1, 1), (1, -11), (-2, 1)])
+def test_sizes_that_are_subtracted_from(op: str, count: int, shift: int) -> None:
+    """As in rolls. The remainder of a dim is Python's, also where what is divided is less than 0."""
+    dim = dim_expr(op, dim_expr("+", dim_expr("*", count, SIZE), shift), SIZE)
+    for size in range(2, 10):
+        if op == "%" or count * size + shift >= 0:
+            assert value(from_dim(dim), s=Int32(size)) == evaluate(dim, {"s": size})
+
+
 def test_contiguous_addresses_have_no_divisions() -> None:
     heads = indices([2, 12, 384, 64])
     flat = variable("X", product(heads))
@@ -141,9 +186,6 @@ def test_products_read_as_written() -> None:
     assert str(N(3) // (variable("s") + N(1))) == "(3 // (s + 1))"
 
 
-SIGNED, SIZE = Sym("n", -6, 6), Sym("s", 2, 9)
-
-
 @given(dims((SIGNED, SIZE)), st.integers(-6, 6), st.integers(2, 9))
 def test_bounds_hold(dim, n, s):
     low, high = bounds(dim)
@@ -189,3 +231,5 @@ def test_numbers_that_may_be_negative_are_added_but_neither_divided_nor_taken_as
     for other in ("(n // 2)", "(1 + (n % 3))", "max(0, (n // 2))"):
         with pytest.raises(Unsupported, match="negative"):
             region(parse(ADDED.strip().replace("OTHER", other)))
+    with pytest.raises(Unsupported, match="negative"):
+        region(parse(ADDED.strip().replace("-9, 9", "2, 9").replace("OTHER", "((-9 + n) // 2)")))

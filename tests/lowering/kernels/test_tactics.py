@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.lowering.kernels.kernel_bodies import library
+from tests.lowering.kernels.kernel_bodies import body, library
 from torch_rtx import aten
 from torch_rtx.chips import chip_named
 from torch_rtx.ir import Graph
@@ -18,6 +18,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import fastest, forms
 from torch_rtx.lowering.kernels.loops import LoopWriter
 from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.strided import copy_strided
@@ -432,3 +433,28 @@ def test_code_is_generated_once_for_all_sm_versions(monkeypatch: pytest.MonkeyPa
 def test_the_fastest_is_the_first_form(kind: str, sm: int) -> None:
     text = OTHERS[kind][0] if kind in OTHERS else PRODUCT.format(m=16, k=4096, n=64)
     assert fastest(parse(text), "k", arch_of(sm)) == forms(parse(text), "k", arch_of(sm))[0][0]
+
+
+LOOKED_UP = """
+ids: i64[1, 64]
+table: H[256000, 2560]
+x: H[1, 64, 2560] = embedding.default(weight=table, indices=ids)
+y: H[1, 64, 2560] = rms_norm.default(input=x, normalized_shape=[2560])
+return y
+"""
+RANGE = """
+x: H[8, 513, 4, 16](32832, 1, 8208, 513)
+a: H[8, 1, 4, 16](32832, 1, 8208, 513) = slice.Tensor(self=x, dim=1, start=0, end=1)
+y: H[8, 1, 4, 16] = softmax.int(self=a, dim=-1)
+return y
+"""
+
+
+@pytest.mark.parametrize(("text", "elements"), [(LOOKED_UP, (64, 64 * 2560)), (RANGE, (8 * 4 * 16,))])
+def test_of_a_table_or_a_range_only_what_is_read_takes_time(text: str, elements: tuple[int, ...]) -> None:
+    found = region(body(text))
+    assert tuple(math.prod(type_.shape) for type_ in found.read_types) == elements
+    best = fastest(found.body, "norm", arch_of(90))
+    assert best is not None
+    assert best.kind == "kernel"
+    assert best.expected_us < 3.0

@@ -1,10 +1,13 @@
-"""The gradients of `flex_attention`, in one kernel for queries and one for keys and values.
+"""The gradients of `flex_attention`: kernels for queries, for keys and values, and for what a modification captures.
 
-Both compute the weights P of a tile again, from the scores and the statistic L that the forward saved, and go over
+All compute the weights P of a tile again, from the scores and the statistic L that the forward saved, and go over
 listed blocks alone: for a block of queries those of its keys, for a block of keys those of its queries (the backward of
 FlashAttention-2, Dao 2023). With M for the modification of scores S, and D for the sums of dO * O over columns:
 
     P = exp(M(S) - L),  dV = P^T dO,  dP = dO V^T,  dS = M'(S, P * (dP - D)),  dQ = dS K * scale,  dK = dS^T Q * scale
+
+Each score adds to an element of a captured tensor's gradient, in any order. What all scores of a row add to one
+element, as of slopes by head, is summed in registers first, and what those of a column do in each tile.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, precis
 from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
 from torch_rtx.lowering.kernels.attention_tiles import LOG2E, Tiles, anchors_of
-from torch_rtx.lowering.kernels.emit import Operand, indent
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, unravel, variable
+from torch_rtx.lowering.kernels.emit import Axes, Operand, indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Position, Tensor
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Gather, Load, Position, Tensor, View
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, blocks
-from torch_rtx.op_work import FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
+from torch_rtx.op_work import FLEX_GRAD_CAPTURED, FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
 from torch_rtx.targets import Arch
 
 STEP = "step"  # the loop over tiles
@@ -35,7 +38,7 @@ MAX_REGISTERS = 232  # of a thread, for the tiles that are held at once
 def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
     """Configurations that fit `arch`, the fastest first."""
     attn = attention_of(region)
-    of_query = attn.op == FLEX_GRAD_QUERY
+    of_query = attn.op != FLEX_GRAD_KEY_VALUE
     found = [one for one in _candidates(attn, of_query, arch) if _fits(attn, one, of_query, arch)]
     if not found:
         raise Unsupported(f"gradients of heads of {attn.width} elements on sm_{arch.sm}")
@@ -83,7 +86,7 @@ def gradient_kernel(region: Region, name: str, config: AttentionConfig) -> Kerne
     modified = attn.modified
     if modified is None or (modified.lists and any(_sizes(modified, config))):
         raise Unsupported("blocks that the tile does not divide")
-    writer = (_QueryWriter if attn.op == FLEX_GRAD_QUERY else _KeyWriter)(region, attn, config)
+    writer = WRITERS[attn.op](region, attn, config)
     count, groups = writer.count, attn.groups if attn.op == FLEX_GRAD_KEY_VALUE else attn.lead
     programs, options = dim_expr("*", count, *groups), (config.num_warps, config.num_stages, writer.functions)
     return assemble(region, name, writer.write(), programs, *options)
@@ -171,11 +174,15 @@ class _Writer(Tiles):
             found.append(self.full(self.mask))
         return " & ".join(found)
 
+    def of_modified(self, axes: Axes) -> Operand:
+        """The gradient of the modified scores."""
+        delta = self.emitter.value(self.delta, self.mask_at[:-1]).text
+        return self.emitter.assign(f"p * (dp - {delta})", axes)
+
     def gradient(self, axes: tuple[str, str]) -> None:
         """The lines that make the gradient `ds` of the scaled scores of the weights and their gradient `dp`."""
         self.tile(*axes, STEP)
-        delta = self.emitter.value(self.delta, self.mask_at[:-1]).text
-        of_modified = self.emitter.assign(f"p * (dp - {delta})", frozenset((*axes, STEP)))
+        of_modified = self.of_modified(frozenset((*axes, STEP)))
         if self.modified.gradient is None:
             self._line(f"ds = {of_modified.text}")
             return
@@ -201,6 +208,10 @@ class _Writer(Tiles):
 
     def step(self) -> list[str]:
         """The lines of a tile, from `start` on."""
+        raise NotImplementedError
+
+    def write(self) -> list[str]:
+        """All lines of the kernel."""
         raise NotImplementedError
 
     def _line(self, text: str) -> None:
@@ -236,12 +247,11 @@ class _QueryWriter(_Writer):
             lines += self.range(name, "[None, :]", str(start or ""))
         for tensor, letter, short in ((attn.query, "D", "Q"), (attn.gradient, "E", "G")):
             self.load(tensor, short, "M", letter, self.lead, self.row, "")
-        for name in self.pieces("D"):
-            lines.append(f"dq{name[1:]} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
+        self.zero()
         if self.modified.lists:
             lines.append(f"part = first // {self.modified.size[0]}")
         lines += self.walk(self.lead[:2], variable("part"), self.modified.size[1], config.keys, attn.keys)
-        self.results(0, (*self.lead, self.row), "D", "M", "dq")
+        self.finish()
         return lines
 
     def step(self) -> list[str]:
@@ -255,9 +265,74 @@ class _QueryWriter(_Writer):
         self.weights(("M", "N"))
         self.load(attn.value, "V", "J", "E", self.lead, key, STEP)
         self.products("dp", "G", "V", "E")
+        self.add()
+        return self.emitter.inner()
+
+    def add(self) -> None:
+        """Add what a block of keys contributes."""
         self.gradient(("M", "N"))
         self.add_products("dq", "ds", "K", "D")
-        return self.emitter.inner()
+
+    def zero(self) -> None:
+        """The lines that begin the sums."""
+        for name in self.pieces("D"):
+            self._line(f"dq{name[1:]} = tl.zeros([{self.config.rows}, {self.blocks[name]}], tl.float32)")
+
+    def finish(self) -> None:
+        """The lines that store the sums."""
+        self.results(0, (*self.lead, self.row), "D", "M", "dq")
+
+
+class _CapturedWriter(_QueryWriter):
+    """The gradients of what a modification captures.
+
+    Attributes:
+        rows: by the name of a sum over whole rows, where it is added to memory.
+    """
+
+    def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
+        super().__init__(region, attn, config)
+        self.rows: dict[str, tuple[Index, Axes, list[Operand]]] = {}
+
+    def zero(self) -> None:
+        """Sums begin where it is known which there are."""
+
+    def add(self) -> None:
+        """Add what a block of keys contributes."""
+        self.tile("M", "N", STEP)
+        emitter, both = self.emitter, frozenset(("M", "N", STEP))
+        emitter.anchored[self.modified.upstream, self.mask_at] = self.of_modified(both)
+        for index, term in enumerate(self.modified.captured):
+            at, safe = self._element(term.target)
+            source = term.target.source
+            assert isinstance(source, Load)
+            address = linear(at, source.strides) + constant(term.offset)
+            axes = emitter.varies(address).union(*(one.axes for one in safe))
+            number = self.full(term.number)
+            value = f"tl.where({self.seen}, {number}, 0.0)" if self.seen else number
+            value = value if "N" in axes else f"tl.sum({value}, 1)[:, None]"
+            value = value if "M" in axes else f"tl.sum({value}, 0)[None, :]"
+            if "N" not in axes:
+                name = f"sum{index}"
+                if name not in self.rows:
+                    emitter.outer.lines.append(f"{name} = tl.zeros({emitter.shape(axes)}, tl.float32)")
+                self.rows[name] = address, axes, safe
+                self._line(f"{name} += {value}")
+                continue
+            seen = [Operand(self.seen, both)] if self.seen and both <= axes else []
+            for line in emitter.add("out0", address, Operand(value, axes), (*safe, *seen)):
+                self._line(line)
+
+    def _element(self, target: View | Gather) -> tuple[Position, list[Operand]]:
+        """The place that scores add to, and the conditions that there is one."""
+        return (target.at(self.mask_at), []) if isinstance(target, View) else self.emitter.chosen(target, self.mask_at)
+
+    def finish(self) -> None:
+        """The lines that add sums over rows to memory."""
+        self.tile("M", "N")
+        for name, (address, axes, safe) in self.rows.items():
+            value = Operand(name if axes else f"tl.sum({name})", axes)
+            self.emitter.outer.lines += self.emitter.add("out0", address, value, safe)
 
 
 class _KeyWriter(_Writer):
@@ -323,3 +398,10 @@ class _KeyWriter(_Writer):
         self.gradient(("J", "M"))
         self.add_products("dk", "ds", "Q", "D")
         return self.emitter.inner()
+
+
+WRITERS: dict[str, type[_Writer]] = {
+    FLEX_GRAD_QUERY: _QueryWriter,
+    FLEX_GRAD_KEY_VALUE: _KeyWriter,
+    FLEX_GRAD_CAPTURED: _CapturedWriter,
+}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Node, TensorType, Value, attr_values, contiguous
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
 )
 from torch_rtx.lowering.kernels.region import Region, express
 from torch_rtx.lowering.kernels.source import needs_int64
-from torch_rtx.score_mods import INDEX, PLACES, buffer_index, modification
+from torch_rtx.score_mods import INDEX, PLACES, buffer_index, modification, terms_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,21 @@ class Lists:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """A number for each score that is added to the gradient of a captured tensor.
+
+    Attributes:
+        number: (B, H, M, N), in f32.
+        target: the element that it is added to.
+        offset: of the tensor in the memory of all gradients.
+    """
+
+    number: Tensor
+    target: View | Gather
+    offset: int
+
+
+@dataclass(frozen=True)
 class Modified:
     """What modifications make of the scores, by batch, head, query and key.
 
@@ -52,6 +67,7 @@ class Modified:
         lists: of the blocks that masks apply to, and of those that are seen as a whole; empty: there are no lists.
         size: the queries and keys of a block.
         per_head: lists differ from head to head.
+        captured: what gradients of captured tensors are sums of.
     """
 
     leaf: Load
@@ -61,6 +77,7 @@ class Modified:
     lists: tuple[Lists, ...]
     size: tuple[int, int]
     per_head: bool
+    captured: tuple[Captured, ...] = ()
 
     def is_one_block(self, queries: int) -> bool:
         """The queries of all heads have one list."""
@@ -102,7 +119,25 @@ def modified_of(region: Region, node: Node, rows: Sequence[Dim], keys: Dim) -> t
         raise Unsupported("lists of blocks of an open size", loc=node.loc)
     sizes = (int(size[0]), int(size[1])) if lists else (0, 0)  # type: ignore[index, arg-type]
     floats = [None if one is None else cast(one, "f32") for one in (score, gradient)]
-    return mask, Modified(leaf, floats[0], upstream, floats[1], lists, sizes, per_head)
+    captured = tuple(_captured(node, dims, leaves, given, wide_index))
+    return mask, Modified(leaf, floats[0], upstream, floats[1], lists, sizes, per_head, captured)
+
+
+def _captured(
+    node: Node, dims: tuple[Dim, ...], leaves: Mapping[str, Tensor], given: Sequence[Tensor], wide_index: bool
+) -> Iterator[Captured]:
+    """The terms of a call that computes gradients of captured tensors."""
+    given_terms = [node.arg(name, ()) for name in ("gradients", "sizes", "ranks", "targets")]
+    if not given_terms[0]:
+        return
+    graph, terms = terms_of(*given_terms)  # type: ignore[arg-type]
+    values, shape = _values(graph, dims, leaves, given, wide_index), tuple(map(from_dim, dims))
+    for term in terms:
+        sizes = tuple(map(constant, term.size))
+        source = Load(sizes, "f32", "gradients", tuple(map(from_dim, contiguous(term.size))))
+        target = _element(source, [values[one.name] for one in term.places], shape, wide_index)
+        assert isinstance(target, View | Gather)
+        yield Captured(expand(cast(values[term.number.name], "f32"), shape), target, term.offset)
 
 
 def _by_group(tensor: Tensor, shape: Shape) -> Tensor:
@@ -113,8 +148,16 @@ def _by_group(tensor: Tensor, shape: Shape) -> Tensor:
 def _inlined(
     text: str, dims: tuple[Dim, ...], leaves: Mapping[str, Tensor], given: Sequence[Tensor], wide_index: bool
 ) -> Tensor:
-    graph, shape = modification(text), tuple(map(from_dim, dims))
-    values = dict[str, Tensor]()
+    graph = modification(text)
+    (output,) = attr_values(graph.outputs)
+    return expand(_values(graph, dims, leaves, given, wide_index)[output.name], tuple(map(from_dim, dims)))
+
+
+def _values(
+    graph: Graph, dims: tuple[Dim, ...], leaves: Mapping[str, Tensor], given: Sequence[Tensor], wide_index: bool
+) -> dict[str, Tensor]:
+    """Every value of a modification as kernel IR."""
+    shape, values = tuple(map(from_dim, dims)), dict[str, Tensor]()
     for value in graph.inputs:
         which = buffer_index(value)
         values[value.name] = leaves[value.name] if which is None else given[which]
@@ -127,8 +170,7 @@ def _inlined(
             continue
         wide = Value(result.name, TensorType(result.type.dtype, dims, contiguous(dims)))
         values.update(express(replace(node, outputs=(wide,)), values))
-    (output,) = attr_values(graph.outputs)
-    return expand(values[output.name], shape)
+    return values
 
 
 def _element(source: Tensor, indices: Sequence[Tensor], shape: Shape, wide_index: bool) -> Tensor:

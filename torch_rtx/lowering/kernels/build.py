@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.binaries import named
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Code
-from torch_rtx.tactics import Launch, Tactic, Variant, pack
+from torch_rtx.tactics import Launch, Tactic, Variant
 from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
@@ -131,10 +132,9 @@ def show_results(artefacts: Artefacts, name: str, target: Target, results: Itera
 
 @dataclass
 class Binaries:
-    """The binaries of launches, deduplicated by digest of the compressed bytes."""
+    """The binaries of launches, by name."""
 
     stored: dict[str, bytes] = field(default_factory=dict)
-    _digests: dict[bytes, str] = field(default_factory=dict)
 
     def tactic(self, result: Result) -> Tactic[Launch]:
         """The tactic with launches in place of kernels."""
@@ -148,8 +148,6 @@ class Binaries:
         return Launch(kernel.scalars, kernel.grid, kernel.wide, aligned, generic, slots, block)
 
     def _variant(self, code: Code, target: Target) -> Variant:
-        binary = code.ptx if target.ptx else code.cubin
-        if binary not in self._digests:
-            self._digests[binary], stored = pack(binary)
-            self.stored[self._digests[binary]] = stored
-        return code.variant(self._digests[binary])
+        name, binary = named(code.ptx if target.ptx else code.cubin)
+        self.stored[name] = binary
+        return code.variant(name)

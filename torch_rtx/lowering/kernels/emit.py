@@ -284,10 +284,10 @@ class Emitter:
         return self.assign(f"tl.where({inside}, {inner.text}, {outer.text})", all_tests | inner.axes | outer.axes)
 
     def _gather(self, tensor: Gather, position: Position, conditions: tuple[Operand, ...]) -> Operand:
-        at, safe = self._chosen(tensor, position, conditions)
+        at, safe = self.chosen(tensor, position, conditions)
         return self.value(tensor.source, at, (*conditions, *safe))
 
-    def _chosen(
+    def chosen(
         self, tensor: Gather, position: Position, conditions: tuple[Operand, ...] = ()
     ) -> tuple[Position, list[Operand]]:
         """The position in the source of a gather, and the conditions that it is in range."""
@@ -321,13 +321,18 @@ class Emitter:
     def scatter(self, name: str, tensor: Scatter, position: Position, axes: Axes) -> None:
         """Add the elements of `tensor.source` at `position`, of a tile of `axes`, to memory, or put them there. Nothing
         reads the results before the kernel has ended, so that there is no order."""
-        value, (at, safe) = self.value(tensor.source, position), self._chosen(tensor.target, position)
+        value, (at, safe) = self.value(tensor.source, position), self.chosen(tensor.target, position)
         assert isinstance(tensor.target.source, Load)
         address = linear(at, tensor.target.source.strides)
         target = self._target(name, address, f"({address})", axes)
         masked = self._masked(axes, safe)
         call, order = ("tl.atomic_add", ', sem="relaxed"') if tensor.adds else ("tl.store", "")
         self._home(axes).lines.append(f"{call}({target}, {value.text}{masked}{order})")
+
+    def add(self, name: str, address: Index, value: Operand, safe: Iterable[Operand] = ()) -> list[str]:
+        """The lines that add a tile of `value` to memory, where conditions hold."""
+        target = self._target(name, address, f"({address})", value.axes)
+        return [f'tl.atomic_add({target}, {value.text}{self._masked(value.axes, safe)}, sem="relaxed")']
 
     def _target(self, name: str, address: Index, place: str, axes: Axes) -> str:
         """The pointers to a tile of `axes`."""

@@ -22,7 +22,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.float32_dots import IEEE, TF32, TF32X3
 from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem, precisions_of
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
-from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.mma_template import FEW_ROWS
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.sliced_template import MAX_ROWS, MIN_ROWS, rows_of_tile
@@ -52,8 +52,13 @@ WGMMA_WAITS_US, MMA_WAITS_US = 0.045, 0.05  # of a step with TF32X3, for each wa
 FMA_SLOWER = 4.2  # steps without tensor cores, which read operands from shared memory one by one, than the model says
 
 
-def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list[GemmConfig]:
+def ranked_configs(
+    region: Region, contraction: Contraction, arch: Arch, whole: Region | None = None
+) -> list[GemmConfig]:
     """At most MAX_CONFIGS configurations, the fastest first.
+
+    Args:
+        whole: the region of a horizontal kernel with parts like `region`.
 
     Raises:
         Unsupported: see `gemm_problem`.
@@ -61,7 +66,7 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list
     block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
     found = list[tuple[float, GemmConfig]]()
     for precision in precisions_of(contraction, arch):
-        problem = gemm_problem(region, contraction, arch, precision, block_scaled)
+        problem = _with_parts(gemm_problem(region, contraction, arch, precision, block_scaled), whole)
         for us, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch):
             if not config.gemv:
                 config = replace(config, input_precision=precision)
@@ -99,16 +104,30 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     return min(times)
 
 
-def config_us(region: Region, contraction: Contraction, arch: Arch, config: GemmConfig) -> float:
+def config_us(
+    region: Region, contraction: Contraction, arch: Arch, config: GemmConfig, whole: Region | None = None
+) -> float:
     """The time of the kernel in one configuration, in microseconds.
+
+    Args:
+        whole: see `ranked_configs`.
 
     Raises:
         Unsupported: see `gemm_problem`.
     """
     problem = gemm_problem(region, contraction, arch, config.input_precision, config.block_scaled)
+    problem = _with_parts(problem, whole)
     if config.gemv:
         return gemv_us(problem, config, arch.chip)
     return sliced_us(problem, config, arch) if config.slices > 1 else mma_us(problem, config, arch)
+
+
+def _with_parts(problem: GemmProblem, whole: Region | None) -> GemmProblem:
+    """Parts of one kernel are like batches, but for the operands that they share."""
+    if whole is None:
+        return problem
+    moved = sum(map(bytes_of, whole.memory_types))
+    return replace(problem, batch=len(whole.parts) * problem.batch, bytes_moved=moved)
 
 
 def _is_gemv(contraction: Contraction) -> bool:

@@ -1,4 +1,4 @@
-"""Horizontal kernels: independent loops over different tensors in one launch.
+"""Horizontal kernels: independent loops over different tensors, or products of different matrices, in one launch.
 
 Loops that differ in their tensors and in their number of rows alone, *parts* of one kind, share one function, and each
 program selects the tensors of its part by its position in the grid:
@@ -9,7 +9,7 @@ program selects the tensors of its part by its position in the grid:
         other = program >= 1
         p0, p1 = tl.where(other, in1, p0), tl.where(other, out1, p1)
         first, size = tl.where(other, 1, first), tl.where(other, 4096, size)
-        loop(first, size, p0, p1)
+        part(first, size, p0, p1)
 
 Selecting is cheap: all threads select the same, so that the compiler selects offsets of parameters. A branch for each
 part would take the registers of all of them, and a copy of the code for each a second of the compiler's time.
@@ -17,9 +17,12 @@ part would take the registers of all of them, and a copy of the code for each a 
 Parts of a few kinds are short loops that would wait for a launch each. Each kind has a function and a branch:
 
     if program < 2:
-        loop0(0, 512, in0, out0)
+        part0(0, 512, in0, out0)
     else:
-        loop1(2, 2048, in1, out1)
+        part1(2, 2048, in1, out1)
+
+Products of equal sizes are parts of one kind, too: the queries, keys and values of an attention are one launch, whose
+programs fill the chip where those of each would not, and no copy of their weights has to be made.
 """
 
 from __future__ import annotations
@@ -37,16 +40,16 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import (
     TILE,
     LoopConfig,
-    LoopFunction,
     loop_configs,
     loop_function,
     repeated_configs,
 )
 from torch_rtx.lowering.kernels.region import Region, region
-from torch_rtx.lowering.kernels.source import assemble, blocks, next_power_of_2
+from torch_rtx.lowering.kernels.source import PartFunction, assemble, next_power_of_2
 
 TILE_BYTES = 12 << 10  # that a program should move at least: it takes longer than selecting among 64 parts
 MAX_TILE = 4096  # elements
+Part = tuple[PartFunction, Dim]  # with its number of rows; of a product, that of its tiles
 
 
 def part_configs(part: Region) -> list[LoopConfig]:
@@ -66,7 +69,7 @@ def part_configs(part: Region) -> list[LoopConfig]:
 
 
 @lru_cache(maxsize=1024)  # layers of a model have equal loops
-def part_function(body: Graph) -> LoopFunction:
+def loop_of_part(body: Graph) -> PartFunction:
     """The function of the loop `body`. Loops with equal functions can be parts of one kernel.
 
     Raises:
@@ -76,8 +79,8 @@ def part_function(body: Graph) -> LoopFunction:
     return loop_function(found, part_configs(found)[0])[0]
 
 
-def horizontal_configs(found: Region) -> Sequence[tuple[LoopConfig, ...]]:
-    """Configurations of each part of a region, the fastest first.
+def loops_configs(found: Region) -> Sequence[tuple[LoopConfig, ...]]:
+    """Configurations of each part of a region of loops, the fastest first.
 
     Raises:
         Unsupported: a part is no loop, or one of several kinds has reductions.
@@ -91,42 +94,53 @@ def horizontal_configs(found: Region) -> Sequence[tuple[LoopConfig, ...]]:
     return [tuple(configs[min(which, len(configs) - 1)] for configs in each) for which in range(2)]
 
 
-def horizontal_kernel(found: Region, name: str, configs: Sequence[LoopConfig]) -> Kernel:
-    """The kernel of a region with parts, each of them in its configuration.
+def loops(found: Region, configs: Sequence[LoopConfig]) -> list[Part]:
+    """The parts of a region of loops, each of them in its configuration.
+
+    Raises:
+        Unsupported: a part is no loop.
+    """
+    return [loop_function(part, config) for part, config in zip(found.parts, configs, strict=True)]
+
+
+def horizontal_kernel(found: Region, name: str, parts: Sequence[Part], trigger_early: bool = False) -> Kernel:
+    """The kernel of a region with parts.
+
+    Args:
+        trigger_early: see `Kernel`.
 
     Raises:
         Unsupported: the parts have symbols that no tensor has, or results that nobody reads.
     """
-    loops = [loop_function(part, config) for part, config in zip(found.parts, configs, strict=True)]
     if any(not part.body.syms.keys() <= found.body.syms.keys() for part in found.parts):
         raise Unsupported("parts with further symbols in one kernel")
     if [value for node in found.body.nodes for value in node.outputs] != [*found.body.outputs]:
         raise Unsupported("results of parts that are not those of their kernel")
     names = {value.name: value.name for value in found.body.inputs}
     names |= {value.name: f"out{index}" for index, value in enumerate(attr_values(found.body.outputs))}
-    programs = [dim_expr("*", one.blocks, blocks(count, one.config.rows)) for one, count in loops]
+    programs = [function.programs(size) for function, size in parts]
     rows = [
         [
             str(from_dim(_first(programs, index))),
-            str(from_dim(count)),
+            str(from_dim(size)),
             *(names[value.name] for value in (*node.inputs, *node.results)),
         ]
-        for index, (node, (_, count)) in enumerate(zip(found.body.nodes, loops, strict=True))
+        for index, (node, (_, size)) in enumerate(zip(found.body.nodes, parts, strict=True))
     ]
-    kinds = [[*group] for _, group in groupby(range(len(loops)), lambda at: loops[at][0])]
+    kinds = [[*group] for _, group in groupby(range(len(parts)), lambda at: parts[at][0])]
     functions, lines = list[str](), ["program = tl.program_id(0)"]
     for index, kind in enumerate(kinds):
         several, last = len(kinds) > 1, index + 1 == len(kinds)
-        called = f"loop{index}" if several else "loop"
-        functions.append(loops[kind[0]][0].source.replace("\ndef loop(", f"\ndef {called}("))
+        called = f"part{index}" if several else "part"
+        functions.append(parts[kind[0]][0].source.replace("\ndef part(", f"\ndef {called}("))
         if several:
             test = "else" if last else f"{'el' * (index > 0)}if program < {from_dim(_first(programs, kind[-1] + 1))}"
             lines.append(f"{test}:")
         calls = _selection([rows[at] for at in kind], [*found.parts[kind[0]].body.syms], called)
         lines += indent(calls) if several else calls
     every = dim_expr("+", 0, *programs)
-    warps, stages = max(config.num_warps for config in configs), max(one.num_stages for one, _ in loops)
-    return assemble(found, name, lines, every, warps, stages, "".join(functions))
+    warps, stages = (max(getattr(one, name) for one, _ in parts) for name in ("num_warps", "num_stages"))
+    return assemble(found, name, lines, every, warps, stages, "".join(functions), trigger_early)
 
 
 def _first(programs: Sequence[Dim], index: int) -> Dim:

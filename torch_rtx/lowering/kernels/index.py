@@ -167,7 +167,7 @@ def _quotient(index: Index, by: Index) -> Index:
     """`index // by` in the normal form."""
     if not index.terms or not by.terms:
         return constant(0)  # a dimension of size 0 has no positions; Triton refuses to divide by 0
-    whole, rest = _split(index, by)
+    whole, rest = _natural_split(index, by)
     if within(rest, by):
         return whole
     atom = rest.atom
@@ -187,7 +187,7 @@ def _remainder(index: Index, by: Index) -> Index:
     """`index % by` in the normal form."""
     if not index.terms or not by.terms:
         return constant(0)  # as above
-    _, rest = _split(index, by)
+    _, rest = _natural_split(index, by)
     if within(rest, by):
         return rest
     atom = rest.atom
@@ -261,6 +261,9 @@ def from_dim(dim: Dim) -> Index:
     if isinstance(dim, Sym):
         return _atom(Var(dim.name, signed=dim.min < 0))
     args = [from_dim(arg) for arg in dim.args]
+    if dim.op == "%" and bounds(dim.args[0])[0] < 0 < bounds(dim.args[1])[0]:  # C's remainder has the sign of `above`
+        above, by = (arg.factor for arg in args)
+        return _atom(Var(f"(({above} % {by} + {by}) % {by})"))
     if dim.op in ("min", "max"):  # opaque: one number to the polynomial
         signed = any(var.signed for arg in args for var in arg.variables()) and bounds(dim)[0] < 0
         return _atom(Var(f"tl.{dim.op}imum({', '.join(map(str, args))})", signed=signed))
@@ -384,6 +387,12 @@ def _split(index: Index, by: Index) -> tuple[Index, Index]:
             whole[left] = times
             rest[monomial] = over
     return _index(whole), _index(rest)
+
+
+def _natural_split(index: Index, by: Index) -> tuple[Index, Index]:
+    """As `_split`, but for a rest that may be less than 0 although `index` is not: 7 - x is 4 + (3 - x)."""
+    whole, rest = _split(index, by)
+    return (whole, rest) if is_natural(rest) else (constant(0), index)
 
 
 def _without(monomial: Monomial, divisor: Monomial) -> Monomial | None:

@@ -460,6 +460,15 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
+def address(tensor: Tensor, position: Position) -> Index | None:
+    """Where in memory the element of `tensor` at `position` lies, counted in elements from where the tensor begins that
+    it is a view of; None if it is computed."""
+    while isinstance(tensor, View):
+        position = tensor.at(position)
+        tensor = tensor.source
+    return linear(position, tensor.strides) if isinstance(tensor, Load) else None
+
+
 def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The nodes of the DAG below `tensors` in post-order: each once, operands first."""
     seen: set[Tensor] = set()

@@ -50,7 +50,15 @@ from torch_rtx.lowering.kernels.pairs import H, PairEmitter
 from torch_rtx.lowering.kernels.reduction_rules import LOWEST
 from torch_rtx.lowering.kernels.region import Region, needed
 from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order, repeated_rows, rows_of
-from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2, parameters
+from torch_rtx.lowering.kernels.source import (
+    PROGRAM,
+    PartFunction,
+    assemble,
+    blocks,
+    needs_int64,
+    next_power_of_2,
+    part_source,
+)
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 from torch_rtx.targets import ALIGNMENT
 
@@ -176,39 +184,18 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     return assemble(region, name, lines, programs, writer.config.num_warps, writer.num_stages, writer.functions)
 
 
-@dataclass(frozen=True)
-class LoopFunction:
-    """A loop as a function, which loops that differ in their number of rows alone share.
-
-    Attributes:
-        source: of the function `loop`. Its parameters are the loop's first program (`first`), its rows (`size`), and
-            those that a kernel of the loop has.
-        pointers, num_stages: see `Kernel`.
-        aligned: the mask of a tile lets its elements be loaded as vectors.
-        blocks: how many programs there are for each tile of rows.
-    """
-
-    source: str
-    config: LoopConfig
-    pointers: tuple[str, ...]
-    num_stages: int
-    aligned: bool
-    blocks: int
-
-
-def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim]:
+def loop_function(region: Region, config: LoopConfig) -> tuple[PartFunction, Dim]:
     """The loop of `region` as a function, and its number of rows.
 
     Raises:
         Unsupported: see `loop_kernel`.
     """
-    writer = LoopWriter(region, config, "(tl.program_id(0) - first)", "size")
-    lines = writer.write()
-    head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
-    source = writer.functions + head + "\n".join(indent(lines)) + "\n"
-    aligned = config.repeated or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
+    writer = LoopWriter(region, config, PROGRAM, "size")
+    source = part_source(region, writer.write(), writer.functions)
     pointers = tuple(type_.dtype for type_ in region.memory_types)
-    return LoopFunction(source, config, pointers, writer.num_stages, aligned, writer.pieces), writer.count
+    aligned = config.repeated or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
+    shape = config.rows, writer.pieces, aligned
+    return PartFunction(source, pointers, config.num_warps, writer.num_stages, *shape), writer.count
 
 
 def loop_operations(region: Region) -> tuple[int, Dim]:

@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
 from torch_rtx.lowering.kernels.packed import HALVES_OF_WORD, Packing, fits_halves, in_halves, packing_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
-from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64
+from torch_rtx.lowering.kernels.source import PROGRAM, PartFunction, assemble, blocks, needs_int64, part_source
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
@@ -243,9 +243,27 @@ class TileWriter:
         """The batches that have programs of their own."""
         return self.contraction.batch
 
+    @property
+    def programs(self) -> Dim:
+        """How many tiles there are."""
+        return dim_expr("*", self.batch, *self.tiles)
+
+    def function(self) -> PartFunction:
+        """The code of a part of a horizontal kernel.
+
+        Raises:
+            Unsupported: the kernel is persistent.
+        """
+        if self.config.programs:
+            raise Unsupported("a persistent kernel as a part of another one")
+        lines = [f"tile = {PROGRAM}{self.cast}", *self.program(), *self.body()]
+        pointers = tuple(type_.dtype for type_ in self.region.memory_types)
+        source = part_source(self.region, lines, self.functions)
+        return PartFunction(source, pointers, self.config.num_warps, self.config.num_stages)
+
     def kernel(self, name: str) -> Kernel:
         """The kernel under this name."""
-        count = dim_expr("*", self.batch, *self.tiles)
+        count = self.programs
         lines = [*self.program(), *self.body()]
         start, grid, config = "tl.program_id(0)", count, self.config
         if config.programs:

@@ -7,7 +7,8 @@ from math import prod
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.ir import Dim, TensorType, typical_size
-from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, everything
+from torch_rtx.lowering.kernels.index import from_dim, linear, variable
+from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, address, everything
 from torch_rtx.lowering.kernels.matmul_template import stored_load
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.targets import Arch
@@ -43,14 +44,21 @@ def epilogue_us(region: Region, arch: Arch) -> float:
 
 
 def prologue_us(region: Region, arch: Arch) -> float:
-    """The time of separate kernels that compute operands of the anchor, in microseconds; the anchor reads the results
-    as it does other operands."""
+    """The time of separate kernels that compute operands of the anchor, or put them in another order, in microseconds;
+    the anchor reads the results as it does other operands."""
     assert region.anchor is not None
     total = 0.0
     for value in region.anchor.inputs:
         tensor = region.values[value.name]
-        if stored_load(tensor) is None:
+        if stored_load(tensor) is None or _is_moved(tensor, tensor_type(value)):
             read = {one.name for one in everything((tensor,)) if isinstance(one, Load)}
             moved = [*(one for one in region.body.inputs if one.name in read), value]
             total += streaming_us(map(tensor_type, moved), arch)
     return total
+
+
+def _is_moved(tensor: Tensor, type_: TensorType) -> bool:
+    """The elements of an operand of this type do not lie where `tensor` reads them: calls would have to copy them."""
+    position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(tensor.shape))
+    found = address(tensor, position)
+    return found is not None and (found - linear(position, map(from_dim, type_.strides))).number is None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 
 from torch_rtx.accumulation import starts
 from torch_rtx.dtypes import BYTES, DTYPES, register
@@ -26,7 +27,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat
-from torch_rtx.lowering.kernels.index import from_dim, to_dim
+from torch_rtx.lowering.kernels.index import bounds, from_dim, product, to_dim
 from torch_rtx.lowering.kernels.kernel_ir import (
     Load,
     Reduce,
@@ -57,6 +58,7 @@ from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
 # Importing them fills OPS.
+SIZES = frozenset(("size", "shape", "split_size", "split_sizes", "output_size", "input_size"))  # arguments
 DECLARED = (accumulations, copies, factories, gradients, indexing, pointwise, pooling, reductions, resampling, views)
 
 
@@ -71,9 +73,9 @@ class Region:
 
     Attributes:
         outputs: the tensors to store.
-        anchor: the node among ANCHORS, if any. Its results are `Load`s with `anchor` set.
+        anchor: the node among ANCHORS, if any; None if there are parts. Its results are `Load`s with `anchor` set.
         values: every value of the body as kernel IR.
-        parts: the loops of a horizontal kernel, whose body has a kernel for each of them and nothing else.
+        parts: those of a horizontal kernel, whose body has a kernel for each of them and nothing else.
         as_bytes: the dtypes of which the kernel reads and writes bytes, since the target does not have them.
     """
 
@@ -99,6 +101,17 @@ class Region:
         """The types of the tensors that the kernel reads or writes: the inputs of the body and the outputs."""
         return (*map(tensor_type, self.body.inputs), *self.types)
 
+    @cached_property
+    def read_types(self) -> tuple[TensorType, ...]:
+        """The types of the inputs of the body; in place of one of which a loop reads a part, such as some rows of a
+        table, or a range of its channels, as many elements in a row."""
+        whole = tuple(map(tensor_type, self.body.inputs))
+        if self.anchor is not None or self.parts:
+            return whole
+        read = _elements_read(self.outputs)
+        names = (value.name for value in self.body.inputs)
+        return tuple(_part(type_, read.get(name)) for name, type_ in zip(names, whole, strict=True))
+
     @property
     def moved_types(self) -> tuple[TensorType, ...]:
         """As `memory_types`, with what is read and written of a result that the kernel adds to, in place of all of it
@@ -106,7 +119,8 @@ class Region:
         added = {index: output for index, output in enumerate(self.outputs) if isinstance(output, Scatter)}
         begun = {_start(output).name for output in added.values()}
         dims = [dim for value in self.body.values() for dim in type_dims(value.type)]
-        found = [tensor_type(value) for value in self.body.inputs if value.name not in begun]
+        inputs = zip(self.body.inputs, self.read_types, strict=True)
+        found = [type_ for value, type_ in inputs if value.name not in begun]
         for index, type_ in enumerate(self.types):
             if index in added:
                 shape = tuple(to_dim(size, dims) for size in added[index].shape)
@@ -121,6 +135,39 @@ class Region:
             return text(self.outputs)
         args = {key: self.values[attr.name] if isinstance(attr, Value) else attr for key, attr in self.anchor.args}
         return text(self.outputs, self.anchor.op, args)
+
+
+def _part(type_: TensorType, count: int | None) -> TensorType:
+    """`count` elements of a tensor as one of that size; all of it, if it has no more, or a size is not known."""
+    sizes = [size for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0]
+    if count is None or not all(isinstance(size, int) for size in sizes) or count >= prod(sizes):  # type: ignore[arg-type]
+        return type_
+    return TensorType(type_.dtype, (count,), (1,))
+
+
+def _elements_read(outputs: Sequence[Tensor]) -> dict[str, int | None]:
+    """By the name of an input, how many of its elements a loop reads at most; None where that depends on sizes that are
+    not known."""
+    wanted: dict[Tensor, int | None] = {output: product(output.shape).number for output in outputs}
+    read: dict[str, int | None] = {}
+    for tensor in reversed([*everything(outputs)]):  # readers first
+        size, count = product(tensor.shape).number, wanted[tensor]
+        count = None if count is None or size is None else min(count, size)
+        if isinstance(tensor, Load):
+            read[tensor.name] = _sum(read.get(tensor.name, 0), count)
+        for below in children(tensor):
+            each = count
+            if isinstance(tensor, Reduce) and count is not None:
+                whole = product(below.shape).number
+                each = whole if whole is None or not size else count * (whole // size)
+            elif isinstance(tensor, Scatter):
+                each = product(below.shape).number
+            wanted[below] = _sum(wanted.get(below, 0), each)
+    return read
+
+
+def _sum(one: int | None, two: int | None) -> int | None:
+    return None if one is None or two is None else one + two
 
 
 class Exact:
@@ -158,15 +205,15 @@ def _region(key: Exact, as_bytes: frozenset[str]) -> Region:
     as_bytes |= BYTES | _viewed(body)
     types = {value.name: tensor_type(value) for value in body.inputs}
     values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}
-    anchors = list(_fill(body, values))
-    if len(anchors) > 1:
+    anchors, is_divided = list(_fill(body, values)), has_parts(body)
+    if len(anchors) > 1 and not is_divided:
         raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
     results = (values[value.name] for value in attr_values(body.outputs))
     outputs = tuple(in_memory(tensor, tensor.dtype in as_bytes) for tensor in results)
     _check_accumulations(body, outputs, bool(anchors))
-    inner = (node.body for node in body.nodes if node.body is not None) if has_parts(body) else ()
+    inner = (node.body for node in body.nodes if node.body is not None) if is_divided else ()
     parts = tuple(region(part, as_bytes) for part in inner)
-    return Region(body, outputs, anchors[0] if anchors else None, values, parts, as_bytes)
+    return Region(body, outputs, anchors[0] if anchors and not parts else None, values, parts, as_bytes)
 
 
 def _viewed(body: Graph) -> frozenset[str]:
@@ -192,18 +239,21 @@ def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: boo
     """Raises Unsupported unless each accumulation is one result of a loop, which lies in memory as what it starts from,
     and nothing else in the kernel reads either."""
     named = {value.name: value for value in attr_values(body.outputs)}
-    begun = [_start(output) for output in outputs if isinstance(output, Scatter)]
+    begun: list[Tensor] = [_start(output) for output in outputs if isinstance(output, Scatter)]
+    if begun and anchored:
+        raise Unsupported("additions in memory beside a product")
     nodes = set(everything(outputs))
     read = any(isinstance(child, Scatter) for tensor in nodes for child in children(tensor))
     found = starts(body)
+    if anchored:  # the anchor itself may add to an input
+        begun = [load(start.name, tensor_type(start)) for start in found.values()]
+        read = any(not (isinstance(one, Load) and one.anchor) for one in outputs) and bool(begun)
     if not body.updated.keys() <= found.keys():
         raise Unsupported("an update of elements that a mask chooses")
     if any(named[name].type != start.type for name, start in found.items()):
         raise Unsupported("a sum in another layout than what a kernel adds to")
     if read or not len({*begun}) == len(begun) == len(found) or not nodes.isdisjoint(begun):
         raise Unsupported("a sum that a kernel adds to, beside other uses of it")
-    if begun and anchored:
-        raise Unsupported("additions in memory beside a product")
 
 
 def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
@@ -231,7 +281,7 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
         raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
     if node.op not in OPS:
         return _written_out(node, values)
-    given = {key: _given(attr, values) for key, attr in node.args}
+    given = {key: _given(attr, values, key in SIZES) for key, attr in node.args}
     types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
     found = OPS[node.op](**given, out=types)
     results = found if isinstance(found, tuple) else (found,)
@@ -266,22 +316,24 @@ def tensor_type(value: Value) -> TensorType:
     return type_
 
 
-def _given(attr: Attr, values: dict[str, Tensor]) -> object:
+def _given(attr: Attr, values: dict[str, Tensor], is_size: bool) -> object:
     if isinstance(attr, Value):
         return values[attr.name]
     if isinstance(attr, Sym | Expr):
-        if _divides_signed(attr):
+        if _divides_signed(attr, is_size):
             raise Unsupported(f"{attr}, a division of a number that may be negative")
         return from_dim(attr)
-    return tuple(_given(item, values) for item in attr) if isinstance(attr, tuple) else attr
+    return tuple(_given(item, values, is_size) for item in attr) if isinstance(attr, tuple) else attr
 
 
-def _divides_signed(dim: Dim) -> bool:
-    """Whether `dim` divides a number that may be negative, which Triton rounds towards 0."""
+def _divides_signed(dim: Dim, is_size: bool) -> bool:
+    """Whether `dim` divides a number that may be negative, which Triton rounds towards 0. In the size of a tensor,
+    differences of sizes are not: the size would be."""
     if not isinstance(dim, Expr):
         return False
     signed = dim.op in ("//", "%") and any(sym.min < 0 for sym in dim_syms(dim))
-    return signed or any(map(_divides_signed, dim.args))
+    below = dim.op == "//" and not is_size and bounds(dim.args[0])[0] < 0
+    return signed or below or any(_divides_signed(arg, is_size) for arg in dim.args)
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import inf, prod
 
 from torch_rtx.ir import Dim, Expr, Sym, TensorType, attr_dims, dim_expr
@@ -14,6 +15,41 @@ from torch_rtx.lowering.kernels.region import Region
 MIN_BLOCK = 16  # of a dimension of `tl.dot`
 HEADER = "import triton\nimport triton.language as tl\n"
 LIBDEVICE = "from triton.language.extra import libdevice\n"  # NVIDIA's mathematical functions
+
+
+@dataclass(frozen=True)
+class PartFunction:
+    """The code of a part of a horizontal kernel as a function, which parts that differ in their tensors and in their
+    number of rows alone share.
+
+    Attributes:
+        source: of the function `part`. Its parameters are the part's first program (`first`), its rows (`size`), and
+            those that a kernel of the part has.
+        pointers, num_warps, num_stages: see `Kernel`.
+        rows, blocks: of a tile, and how many programs there are for each tile of rows.
+        aligned: the mask of a tile lets its elements be loaded as vectors.
+    """
+
+    source: str
+    pointers: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    rows: int = 1
+    blocks: int = 1
+    aligned: bool = True
+
+    def programs(self, size: Dim) -> Dim:
+        """How many programs a part of `size` rows has."""
+        return dim_expr("*", self.blocks, blocks(size, self.rows))
+
+
+PROGRAM = "(tl.program_id(0) - first)"  # the position of a program in its part
+
+
+def part_source(region: Region, lines: Iterable[str], functions: str) -> str:
+    """The source of a function, see `PartFunction`, whose body are `lines`."""
+    head = f"\n\n@triton.jit\ndef part(first, size, {', '.join(parameters(region))}):\n"
+    return functions + head + "\n".join(indent(lines)) + "\n"
 
 
 def assemble(

@@ -363,7 +363,7 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     and the sectors that it fetches. A row is read once per level of reductions, and once more for what follows. Loads
     of less than 8 bytes, and runs that are short, take more of everything.
     """
-    on, inputs = arch.chip, [tensor_type(value) for value in found.body.inputs]
+    on, inputs = arch.chip, found.read_types
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
     at_once = config.held or size <= config.elements

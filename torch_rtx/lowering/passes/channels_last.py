@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from math import gcd
 
 from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES, HALVES
@@ -38,7 +39,8 @@ from torch_rtx.ir import (
 )
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
-from torch_rtx.lowering.kernels.region import is_loop
+from torch_rtx.lowering.kernels.kernel_ir import ZERO, address, load
+from torch_rtx.lowering.kernels.region import express, is_loop
 from torch_rtx.lowering.phases import TRANSPOSED, Calls, Phases, is_transposed
 from torch_rtx.lowering.rewrite import Rewriter, from_weights
 from torch_rtx.op_work import INT_CONV
@@ -49,6 +51,7 @@ NAMED_PADDING = frozenset(f"aten.conv{rank}d.padding" for rank in (1, 2, 3))  # 
 CONVOLUTIONS = frozenset((*CONVOLUTION_OF_RANK.values(), "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
 FORMATS = ("contiguous_format", "channels_last", "channels_last_3d")
 VECTOR = 4  # channels per vectorized load
+VECTOR_BYTES = 16  # of the longest load
 FEW = 12  # channels; padding to VECTOR gains nothing from here on, since loads are longer vectors anyway
 
 
@@ -127,7 +130,12 @@ class _Writer(Rewriter):
         assert result is not None
         assert isinstance(result.type, TensorType)
         extra = self._padding_channels(node)
-        args = [(key, self._to_channels_last(a, extra) if key in ("input", "weight") else a) for key, a in node.args]
+        layouts = (
+            {"weight"}
+            if not extra and self._is_range_of_channels(attr_map(image, self.current))
+            else {"input", "weight"}
+        )
+        args = [(key, self._to_channels_last(a, extra) if key in layouts else a) for key, a in node.args]
         # The layout that libraries return; the meta function of a convolution returns another.
         output = Value(result.name, replace(result.type, strides=strides_of(result.type.shape)))
         self._add(node, tuple((key, attr_map(attr, self.current)) for key, attr in args), (output,))
@@ -210,6 +218,37 @@ class _Writer(Rewriter):
         vectorizes = node.op in ("aten.conv2d.default", INT_CONV) and node.arg("groups", 1) == 1 and narrow
         overlaps = any(isinstance(step, int) and tap > step for tap, step in zip(window, stride, strict=False))
         return -channels % VECTOR if copied and vectorizes and overlaps and VECTOR // 2 < channels < FEW else 0
+
+    def _is_range_of_channels(self, image: Attr) -> bool:
+        """An image is channels-last but for other channels between its pixels, and a copy without these would not be
+        read in longer vectors."""
+        if not isinstance(image, Value) or image.name in self._constant:
+            return False
+        type_ = type_of(image)
+        order = (0, *range(2, len(type_.shape)), 1)  # in memory
+        strides = [stride for axis in order if isinstance(stride := type_.strides[axis], int)]
+        sizes = [size for axis in order[1:] if isinstance(size := type_.shape[axis], int)]
+        if len(strides) < len(order) or len(sizes) < len(order) - 1 or strides[-1] != 1:
+            return False
+        if any(outer < size * inner for outer, inner, size in zip(strides, strides[1:], sizes, strict=False)):
+            return False
+        start, vector = self._start(image), VECTOR_BYTES // DTYPES[type_.dtype].bytes
+        return start is not None and gcd(vector, start, *strides[:-1]) >= gcd(vector, sizes[-1])
+
+    def _start(self, value: Value) -> int | None:
+        """Where in the memory that it is a view of a value begins, in elements; None: not known."""
+        made, chain, base = {one.name: node for node in self.nodes for one in node.results}, list[Node](), value
+        while (node := made.get(base.name)) is not None and node.kind == "op" and aten.is_view(aten.overload(node.op)):
+            chain, base = [node, *chain], node.inputs[0]
+        try:
+            found = {base.name: load(base.name, type_of(base))}
+            for node in chain:
+                found |= express(node, found)
+        except Unsupported:
+            return None
+        tensor = found[value.name]
+        start = address(tensor, (ZERO,) * len(tensor.shape))
+        return None if start is None else start.number
 
     def _to_channels_last(self, attr: Attr, extra: int = 0) -> Attr:
         """A channels-last copy of an image or a weight, with `extra` channels of zeros."""

@@ -1,10 +1,13 @@
-"""Horizontal fusion: independent loops of equal code over different tensors become one kernel, their parts.
+"""Horizontal fusion: independent loops, or products, of equal code become one kernel, whose parts they are.
 
 An optimizer updates each parameter by a loop of its own, autocast casts each weight and each gradient, and a batch norm
 updates its statistics: many loops that take hardly longer than their launch. Loops become one kernel where this does
 not raise the peak of memory, neither that of the values that only kernels exchange, nor that of all others.
 
 A few short loops of other code join where they read one tensor, as the parts of a merged projection of a decoder do.
+
+Products near each other become one kernel where the programs of each would leave a part of the chip idle: queries, keys
+and values whose weights may not be merged, and in training the gradients of these.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, count
+from math import inf
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
@@ -21,12 +26,14 @@ from torch_rtx.ir import MAIN, Graph, Node, TensorType, Value, attr_values, has_
 from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.fusion import is_kernel, kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.horizontal import part_function
+from torch_rtx.lowering.kernels.generate import fastest
+from torch_rtx.lowering.kernels.horizontal import loop_of_part
 from torch_rtx.lowering.kernels.memory_model import bytes_of
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.split_reduction import split_evenly
 from torch_rtx.lowering.rewrite import returned, with_bases
+from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch, Target
 
 MAX_PARTS = 64
@@ -34,7 +41,8 @@ MAX_POINTERS = 256  # of 8 bytes each: half of the memory that CUDA always has f
 MAX_BYTES = 128 << 20  # that the parts move: more takes so much longer than a launch that nothing is gained
 MAX_KINDS = 4  # of code: a kernel has the registers of the largest
 MAX_MIXED_BYTES = 16 << 20  # that parts of several kinds move
-NEAR = 8  # nodes between two parts of several kinds
+NEAR = 8  # nodes between two parts of several kinds, or two products
+GAIN = 0.9  # of the time of products one after another that they may take together
 MAX_GROWTH = 1 << 20  # bytes: of each peak of memory, by all kernels with parts together
 
 
@@ -117,12 +125,25 @@ def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list
         group: list[int] = []
         for index in indices:
             nodes = [graph.nodes[at] for at in (*group, index)]
-            if not (_is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])):
-                found += schedule.merge(group)
+            is_near = not group or index - group[-1] <= NEAR or not _is_product(nodes[-1])
+            if not (is_near and _is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])):
+                found += _gained(graph, schedule, group, arches)
                 group = []
             group.append(index)
-        found += schedule.merge(group)
+        found += _gained(graph, schedule, group, arches)
     return found
+
+
+def _gained(graph: Graph, schedule: _Schedule, group: list[int], arches: tuple[Arch, ...]) -> list[list[int]]:
+    """`group` merged, unless it is of products that take no less time together than one after another."""
+    nodes = [graph.nodes[at] for at in group]
+    if len(nodes) > 1 and _is_product(nodes[0]):
+        together, alone = _kernel(nodes).body, nodes[0].body
+        assert together is not None
+        assert alone is not None
+        if not all(_us(together, arch) < GAIN * len(nodes) * _us(alone, arch) for arch in arches):
+            return []
+    return schedule.merge(group)
 
 
 def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
@@ -133,7 +154,7 @@ def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[
         if is_barrier(node) or (group and index - group[-1] > NEAR):
             found += schedule.merge(group)
             group = []
-        if _code(node, arches) is None or node.body is None or region(node.body).reductions:
+        if _code(node, arches) is None or node.body is None or region(node.body).reductions or _is_product(node):
             continue
         nodes = [graph.nodes[at] for at in (*group, index)]
         shares = not {*node.inputs}.isdisjoint(value for before in nodes[:-1] for value in before.inputs)
@@ -152,14 +173,31 @@ def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[
 
 
 def _code(node: Node, arches: tuple[Arch, ...]) -> object:
-    """What loops must share to be parts of one kernel; None for other nodes."""
+    """What kernels must share to be parts of one; None for other nodes."""
     if node.kind != "kernel" or node.body is None or None in node.outputs or has_parts(node.body):
         return None
     try:
-        code = part_function(node.body)
+        if _is_product(node):
+            return node.op
+        code = loop_of_part(node.body)
     except Unsupported:
         return None
     return None if prefers_split(node.body, arches) else (code, tuple(node.body.syms))
+
+
+def _is_product(node: Node) -> bool:
+    anchor = None if node.body is None else region(node.body).anchor
+    return anchor is not None and ANCHORS[anchor.op] == "gemm"
+
+
+@lru_cache(maxsize=1024)  # layers of a model have equal products
+def _us(body: Graph, arch: Arch) -> float:
+    """The expected time of a kernel, in microseconds; infinite where there is none."""
+    try:
+        found = fastest(body, "trial", arch)
+    except Unsupported:
+        return inf
+    return inf if found is None else found.expected_us
 
 
 def _is_small(nodes: Sequence[Node], most: int = MAX_BYTES) -> bool:

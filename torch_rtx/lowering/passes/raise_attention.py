@@ -52,11 +52,23 @@ class _Match:
     key: Value  # transposed
     value: Value
     scale: float
-    added: list[Value] = field(default_factory=list)
+    added: list[_Added] = field(default_factory=list)
     filled: list[_Fill] = field(default_factory=list)
     factors: list[Node] = field(default_factory=list)  # what scales the scores by numbers that are not known
     zeroed: bool = False  # zeros take the place of NaN in the softmax
-    lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the masks apply
+    lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the last mask applies
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A mask that is added to the scores.
+
+    Attributes:
+        shape: the mask's, with as many leading dimensions as those scores have to which the last mask applies.
+    """
+
+    mask: Value
+    shape: tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
@@ -179,13 +191,7 @@ class _Matcher:
             elif found.scale != 1.0 or found.factors:
                 return None  # the scale applies to the mask, too
             else:
-                count, following = len(found.added), self._mask(node, found)
-                lead = _shape(output)[:-2]
-                if found.lead not in (None, lead):
-                    whole = [_shape(mask) == _shape(output) for mask in found.added[count:]]
-                    if whole != [True] or _count(lead) != _count(found.lead):
-                        return None  # masks of different shapes
-                found.lead = found.lead or lead
+                following = self._mask(node, found)
             if not isinstance(following, Value) or _shape(following) != _shape(output):
                 return None
             current = following
@@ -197,18 +203,34 @@ class _Matcher:
             first, second = node.arg("self"), node.arg("other")
             if self._leads_to_product(second):
                 first, second = second, first
-            if isinstance(second, Value):
-                found.added.append(second)
+            if isinstance(second, Value) and self._adds(second, node, found):
                 return first
         elif node.op in ("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.where.self"):
             keeps = node.op == "aten.where.self"
             mask = node.arg("condition" if keeps else "mask")
             number, dtype = self._number(node.arg("other" if keeps else "value")), _type(node.outputs[0]).dtype
-            if isinstance(mask, Value) and number is not None and number < math.inf and not found.added:
+            lead = _shape(node.outputs[0])[:-2]
+            if found.added or found.lead not in (None, lead):
+                return None
+            if isinstance(mask, Value) and number is not None and number < math.inf:
+                found.lead = lead
                 held = float(torch.tensor(number, dtype=torch.float64).to(aten.DTYPES[dtype]))
                 found.filled.append(_Fill(mask, keeps, held, dtype))
                 return node.arg("self")
         return None
+
+    def _adds(self, mask: Value, node: Node, found: _Match) -> bool:
+        """Whether `node` adds `mask` to scores; if so, it is one more mask of `found`."""
+        lead = _shape(node.outputs[0])[:-2]
+        found.lead = found.lead if found.lead is not None else lead
+        shape = _shape(mask)
+        if lead != found.lead and len(shape) > 2:
+            moved = _divided(shape[:-2], lead, found.lead)
+            if moved is None:
+                return False
+            shape = (*moved, *shape[-2:])
+        found.added.append(_Added(mask, shape))
+        return True
 
     def _leads_to_product(self, value: Attr) -> bool:
         """Whether `value` is a matmul, possibly scaled."""
@@ -222,16 +244,12 @@ class _Matcher:
         if node.op == "aten.baddbmm.default":
             if found.scale != 1.0 or found.filled or node.arg("beta", 1) not in (0, 1):
                 return None
-            scale, bias, lead = node.arg("alpha", 1), node.arg("self"), None
+            scale, bias = node.arg("alpha", 1), node.arg("self")
             if not isinstance(scale, int | float) or not scale:
                 return None
             found.scale = float(scale)
-            if node.arg("beta", 1) == 1 and isinstance(bias, Value):
-                lead = _shape(node.outputs[0])[:-2]
-                found.added.append(bias)
-            if lead is not None and found.lead not in (None, lead):
+            if node.arg("beta", 1) == 1 and not (isinstance(bias, Value) and self._adds(bias, node, found)):
                 return None
-            found.lead = lead or found.lead
         if not isinstance(query, Value) or not isinstance(key, Value):
             return None
         if not all(_scales_queries(factor, query) for factor in found.factors):
@@ -273,7 +291,8 @@ class _Matcher:
 
     def leaves_a_key(self, found: _Match) -> bool:
         """Each query provably sees a key, whatever the inputs: one that is not minus infinity."""
-        known = [self.constants.find(mask) for mask in (*found.added, *(fill.mask for fill in found.filled))]
+        known = [self._shaped(added) for added in found.added]
+        known += [self.constants.find(fill.mask) for fill in found.filled]
         visible: list[torch.Tensor] = []
         for mask, fill in zip(known, (*[None] * len(found.added), *found.filled), strict=True):
             if mask is not None:
@@ -283,6 +302,32 @@ class _Matcher:
         if len(visible) < len(known):  # the others show the first key
             visible = [mask[..., :1] for mask in visible]
         return not visible or bool(reduce(operator.and_, visible).any(-1).all())
+
+    def _shaped(self, added: _Added) -> torch.Tensor | None:
+        """The elements of a mask in the shape that it is added in, if they are known."""
+        mask = self.constants.find(added.mask)
+        return None if mask is None else mask.reshape([size for size in added.shape if isinstance(size, int)])
+
+
+def _divided(dims: tuple[Dim, ...], old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+    """Dimensions that broadcast to `old` as dimensions that broadcast to `new`, the same elements divided otherwise;
+    None if `dims` are 1 along a part of what is one dimension in `new`."""
+    dims = (*(1,) * (len(old) - len(dims)), *dims)
+    found: list[Dim] = []
+    begun = ended = 0
+    for end in range(1, len(old) + 1):
+        ends = [at for at in range(ended, len(new) + 1) if _count(new[:at]) == _count(old[:end])]
+        if not ends:
+            continue
+        part, to = dims[begun:end], new[ended : (ends[-1] if end == len(old) else ends[0])]
+        if set(part) <= {1}:
+            found += (1,) * len(to)
+        elif part == old[begun:end]:
+            found += to
+        else:
+            return None
+        begun, ended = end, ended + len(to)
+    return tuple(found) if (begun, ended) == (len(old), len(new)) else None
 
 
 def _scales_rows(node: Node) -> bool:
@@ -383,13 +428,13 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
         return rewriter.emit(f"aten.{op}", last.loc, **args)
 
     dtype, numbers = _type(found.query).dtype, {fill.number for fill in found.filled}
-    if any(_type(mask).dtype != dtype for mask in found.added) or len(numbers) > 1:
+    if any(_type(added.mask).dtype != dtype for added in found.added) or len(numbers) > 1:
         raise Unsupported("masks of other dtypes, or filled with different numbers")
     total: Value | None = None
-    for mask in found.added:
-        term, shape = _current(mask, rewriter), (*(found.lead or ()), *_shape(mask)[-2:])
-        if len(_shape(mask)) > 2 and _shape(mask) != shape and _count(_shape(mask)) == _count(shape):
-            term = emit("view.default", self=term, size=shape)
+    for added in found.added:
+        term = _current(added.mask, rewriter)
+        if _shape(term) != added.shape:
+            term = emit("view.default", self=term, size=added.shape)
         total = term if total is None else emit("add.Tensor", self=total, other=term)
     bias = total if found.filled else None
     total = None if found.filled else total

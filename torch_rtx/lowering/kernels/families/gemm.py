@@ -32,7 +32,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     number,
     pointwise,
 )
-from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result, dot_dtype
+from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, TileWriter, anchor_result, dot_dtype
 from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, streaming_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
@@ -51,9 +51,18 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
         Unsupported: another anchor, a dtype that `tl.dot` does not multiply, or an epilogue whose indices can't be
             inverted.
     """
+    return gemm_writer(region, config).kernel(name)
+
+
+def gemm_writer(region: Region, config: GemmConfig) -> TileWriter:
+    """What writes `gemm_kernel`.
+
+    Raises:
+        Unsupported: see there.
+    """
     tiled = SlicedWriter if config.slices > 1 else StackedWriter if config.stacked else MmaWriter
     writer = BlockScaledWriter if config.block_scaled else GemvWriter if config.gemv else tiled
-    return writer(region, gemm_contraction(region), config).kernel(name)
+    return writer(region, gemm_contraction(region), config)
 
 
 def gemm_configs(region: Region, arch: Arch) -> list[GemmConfig]:

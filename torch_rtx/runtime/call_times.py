@@ -1,0 +1,70 @@
+"""Times of calls as a program makes them: alone, until the results are there, and in a row.
+
+`torch-rtx bench` and the benchmarks of a clone measure by these functions, so that their figures mean the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Call = Callable[[], Any]
+
+SETS = 4  # sets of inputs that calls rotate among: of none is more in the caches than an application would find there
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection in between, if there was any before."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def alone(call: Call, synchronize: Call) -> tuple[float, float]:
+    """Seconds of a single call by the host's clock, the device idle before it: until it returns, and until its results
+    are there.
+
+    Args:
+        synchronize: waits for the device.
+    """
+    synchronize()
+    start = time.perf_counter()
+    call()
+    returned = time.perf_counter()
+    synchronize()
+    return returned - start, time.perf_counter() - start
+
+
+def in_a_row(call: Call, count: int) -> list[float]:
+    """Seconds from one call's end to the next one's, by events on the current stream, in a row of calls without a wait
+    between them; returns when the last one is done.
+
+    This is what a steady stream of calls costs: the device's time, or the host's where that is longer. One more call is
+    made first, which is not counted: it waits for nothing.
+    """
+    import torch
+
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for event in events:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False)]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` of all are at most, interpolated between neighbours. There is one at least."""
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
