@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tests.helpers.caching import Traffic
 from tests.helpers.compiled import Recorder, compile_rtx, same
 from torch_rtx import CompilationSettings
-from torch_rtx.backend import aot_wrappers, entry, program_cache
+from torch_rtx.backend import aot_wrappers, capture, entry, program_cache
 from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.backend.retrace import Retrace
 from torch_rtx.cache.entries import EngineCache
@@ -47,7 +47,7 @@ def no_capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def install() -> None:
         torch._dynamo.reset()
-        for module, name in ((entry, "capture"), (entry, "get_or_build"), (program_cache, "compile_fx")):
+        for module, name in ((capture, "capture"), (entry, "get_or_build"), (program_cache, "compile_fx")):
             monkeypatch.setattr(module, name, fail)
 
     return install
@@ -263,7 +263,7 @@ def test_a_backward_graph_of_another_step() -> None:
     found: list[Retrace] = []
 
     def backend(gm: Any, example_inputs: Any) -> Any:
-        found.append(Retrace(partial(entry.capture, gm), example_inputs))
+        found.append(Retrace(partial(capture.capture, gm), example_inputs))
         return gm.forward
 
     torch.compile(net(), backend=backend)(X)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torch_rtx
 from tests.runtime.pools import graph_pools
-from torch_rtx.backend import entry
+from torch_rtx.backend import capture
 from torch_rtx.backend.entry import rtx
 from torch_rtx.runtime.convolve import convolve
 
@@ -107,7 +107,7 @@ def test_a_known_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this was to be skipped")
 
     before = pair.replays()
-    monkeypatch.setattr(entry, "capture", fail)
+    monkeypatch.setattr(capture, "capture", fail)
     again = Pair()
     again.same(lambda call, module: loss(call, again.ids).backward(), batch())
     assert pair.replays() >= before + 2

@@ -162,11 +162,6 @@ def keep_ops() -> Iterator[None]:
             _install(before)
 
 
-def needs_autograd(example_inputs: Sequence[Any]) -> bool:
-    """Gradients are enabled, and an input (or parameter) requires one."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
-
-
 @BACKGROUND.paused()
 @uncollected()
 def capture(

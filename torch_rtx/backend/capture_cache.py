@@ -36,7 +36,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from torch_rtx.backend import aot_wrappers
-from torch_rtx.backend.capture import needs_autograd
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.fx_hash import (
     PURE_MODULES,
@@ -123,7 +122,7 @@ class CaptureEntry:
             return None
         try:
             _check_inputs(gm, example_inputs)
-            if needs_autograd(example_inputs):
+            if _needs_autograd(example_inputs):
                 _check_training(gm)
             key, nodes, device = _key(gm, example_inputs, settings)
         except Uncacheable as error:
@@ -313,6 +312,11 @@ def _check_training(gm: fx.GraphModule) -> None:
         raise Uncacheable("the graph has annotations, which the partitioner may read")
     if any(callable(getattr(functorch_config, name, None)) for name in FUNCTIONS):
         raise Uncacheable("a setting of functorch is a function")
+
+
+def _needs_autograd(example_inputs: Sequence[Any]) -> bool:
+    """Gradients are enabled, and an input (or parameter) requires one."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def _key(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -18,7 +18,6 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx import platforms
-from torch_rtx.backend.capture import GraphCompiler, capture
 from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
 from torch_rtx.backend.compiler import check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
@@ -36,6 +35,9 @@ from torch_rtx.runtime.subclasses import any_overrides, names_of, without_overri
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
+
+if TYPE_CHECKING:
+    from torch_rtx.backend.capture import GraphCompiler
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,8 @@ def _capture(
     forward: GraphCompiler,
     backward: GraphCompiler,
 ) -> Callable[..., Any]:
+    from torch_rtx.backend.capture import capture  # with what decomposes and rewrites graphs: a warm start needs none
+
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
         return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes)
