@@ -17,7 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from typing import Any
 
 import numpy as np
@@ -55,11 +55,16 @@ interpreter.InterpreterBuilder.get_bf16 = _bf16
 
 def function(kernel: Kernel) -> JITFunction:
     """The kernel's function, from its text."""
-    file = f"<{kernel.name} {hash(kernel.source):x}>"
-    linecache.cache[file] = len(kernel.source), None, kernel.source.splitlines(True), file
-    names: dict[str, Any] = {"__name__": kernel.name}
-    exec(compile(kernel.source, file, "exec"), names)
-    return names[kernel.name]
+    return _function(kernel.name, kernel.source)
+
+
+@cache  # many are launched again; the interpreter keeps what it makes of a function, and each function
+def _function(name: str, source: str) -> JITFunction:
+    file = f"<{name} {hash(source):x}>"
+    linecache.cache[file] = len(source), None, source.splitlines(True), file
+    names: dict[str, Any] = {"__name__": name}
+    exec(compile(source, file, "exec"), names)
+    return names[name]
 
 
 def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | None = None) -> None:

@@ -30,7 +30,7 @@ from torch_rtx.tactics import KernelTable
 LENGTH = 32
 # Kernels of a call of the dynamic engine besides: rotary tables, which are weights where the length is fixed.
 MORE = {"gpt2": 0, "bert_base": 0, "qwen3": 3}
-IMAGES = ("resnet50", "vit_b_16")  # of a batch that changes
+IMAGES = ("resnet50",)  # of a batch that changes
 # Each model at one batch, of 1, whose axis is gone, or of several; both are there.
 CASES = [
     ("gpt2", 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 from dataclasses import replace
 from unittest.mock import patch
@@ -139,9 +140,19 @@ def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
         if index % 4 == 0 and small(node, sizes, which := 1 + index // 4 % 3):
             check(node, sizes, which)
     planned(graph)
-    whole(name, dtype, model, module)
+    whole(name, dtype, model, through_bytes(module, model))
     if not graph.syms:
         assert Plan(graph, frozenset(), frozenset()).memory({}).arena <= held_by(name, dtype, model)
+
+
+def through_bytes(module: torch_rtx.CompiledModule, model: nn.Module) -> torch_rtx.CompiledModule:
+    """What a file holds of the engine, which is all of it, with the weights that the model has."""
+    file = io.BytesIO()
+    torch_rtx.save(module, file)
+    file.seek(0)
+    loaded = torch_rtx.load(file, weights=copy.deepcopy(model), device="cpu")
+    assert loaded.engine.graph == module.engine.graph
+    return loaded
 
 
 def planned(graph: Graph) -> None:

@@ -146,6 +146,12 @@ def test_text(name, before, after, monkeypatch):
         assert_same_numbers(program, result, {"s0": 3, "s1": 5})
 
 
+def test_sums_in_float32_do_not_become_products_in_tf32() -> None:
+    texts = next(case.values for case in cases() if case.values[0] == "raise_products")
+    program, context = graph(texts[1]), Context(CompilationSettings(float32_precision="high"), PORTABLE)
+    assert PASSES["raise_products"](program, Inference(), context) is program
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("fill", ["-10000.0", "-65504.0", "-inf"])
 def test_raised_attention_hides_what_the_model_hides(fill, dtype):

@@ -119,6 +119,31 @@ PASSING = """
   d: f32[s] = extern aten.add.Tensor(self=c, other=x)
   return [d]"""
 
+# One branch returns one number as often as there are elements.
+EXPANDED = """
+  input x: f32[s]
+  t: f32[()] = extern aten.sum.default(self=x)
+  p: bool[()] = extern aten.gt.Scalar(self=t, other=0)
+  y: f32[s] = fallback torch_rtx.cond(pred=p, operands=[x]) graph import {
+    dim s = 1, 64, 1
+    input in0: f32[s]
+    u: f32[s] = fallback torch_rtx.call(operands=[in0]) graph fused {
+      dim s = 1, 64, 1
+      input a: f32[s]
+      b: f32[1] = extern aten.sum.dim_IntList(self=a, dim=[0], keepdim=True)
+      c: f32[s](0) = view aten.expand.default(self=b, size=[s])
+      return [c]
+    }
+    v: f32[s] = fallback torch_rtx.call(operands=[in0]) graph fused {
+      dim s = 1, 64, 1
+      input a: f32[s]
+      b: f32[s] = extern aten.neg.default(self=a)
+      return [b]
+    }
+    return [u, v]
+  }
+  return [y]"""
+
 COUNTER = """\
   weight p: bool[()].cpu = graph import {
     p: bool[()].cpu = op aten.full.default(size=[], fill_value=True, dtype='bool', device='cpu')
@@ -144,12 +169,17 @@ def passed(x: torch.Tensor) -> torch.Tensor:
     return x if x.sum() > 0 else -x - 3 * x + x
 
 
+def expanded(x: torch.Tensor) -> torch.Tensor:
+    return x.sum().expand(x.shape) if x.sum() > 0 else -x
+
+
 def branched(x: torch.Tensor) -> torch.Tensor:
     return -x if x.sum() > 0 else x * (5 if x.sum() < -100 else 3)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [(LOOPING, looped), (MOVING, moved), (PASSING, passed), (BRANCHING, branched)]
+    ("text", "expected"),
+    [(LOOPING, looped), (MOVING, moved), (PASSING, passed), (BRANCHING, branched), (EXPANDED, expanded)],
 )
 def test_replays_decide(text: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for any number of passes, none among them, and for each branch."""

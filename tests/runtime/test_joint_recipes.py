@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import torch_rtx
-from torch_rtx.ir import Weight
+from torch_rtx.ir import Graph, Weight
 from torch_rtx.irparse import parse
 from torch_rtx.quantization import quantize
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.joint_recipes import Recipes, joint_recipes
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
 
@@ -36,10 +38,6 @@ def weight(calls: str) -> Weight:
     body = "".join(f"    {line}\n" for line in ("input w: f32[2, 2]", *lines, f"return [{name}]"))
     head = f"  parameter 'w': f32[2, 2]\n  weight {name}: {rest.split(' = ')[0]} = 'w' graph import {{\n"
     return parse(f"graph fused {{\n{head}{body}  }}\n  return [{name}]\n}}").weights[0]
-
-
-def fails(*_: object) -> None:
-    raise AssertionError("a joint recipe makes this weight")
 
 
 def test_equal_calls_run_once() -> None:
@@ -70,16 +68,28 @@ def test_codes_and_scales_are_made_together(config: str, monkeypatch: pytest.Mon
     model = quantize(nn.Sequential(nn.Linear(128, 32)).half(), config)
     settings = CompilationSettings(device="cuda", targets="later")
     graph = torch_rtx.compile(model, (torch.randn(3, 128).half(),), settings=settings).engine.graph
+    compiled = list[str]()
+    ((group, joint),) = joint_recipes(graph.weights)
+
+    def recorded(graph: Graph, *args: Any, **options: Any) -> Any:
+        compiled.append("joint" if graph == joint else "single")
+        return compile_graph(graph, *args, **options)
+
+    monkeypatch.setattr("torch_rtx.runtime.joint_recipes.compile_graph", recorded)
     store = WeightStore(graph, CPU, {})
-    assert store._joint
     parameters = {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    assert not compiled  # a store that is made compiles no recipe of a parameter
     alone = [store._make(index, parameters) for index in range(len(graph.weights))]
-    monkeypatch.setattr(store, "_recipes", [fails if i in store._joint else r for i, r in enumerate(store._recipes)])
+    assert "joint" not in compiled
+    monkeypatch.setattr(store, "_recipes", Recipes(graph.weights, CPU))
+    compiled.clear()
     store.refit(parameters, strict=False)
+    others = [one for index, one in enumerate(graph.weights) if one.recipe and one.names and index not in group]
+    assert sorted(compiled) == ["joint", *["single"] * len(others)]
     assert all(map(torch.equal, store.values, alone))
     store.attach(parameters)
     parameters["0.weight"].mul_(2)
     store.refresh()
-    scales = [index for index in store._joint if not torch.equal(store.values[index], alone[index])]
+    scales = [index for index in group if not torch.equal(store.values[index], alone[index])]
     assert len(scales) == 1
     torch.testing.assert_close(store.values[scales[0]], 2 * alone[scales[0]])

@@ -66,7 +66,10 @@ def _checked_writes() -> Iterator[None]:
     """Inside, a launch whose results PyTorch would lose is a CaptureError."""
     from torch._higher_order_ops import triton_kernel_wrap as wrap
 
-    own = wrap.get_mutated_tensors
+    own = getattr(wrap, "get_mutated_tensors", None)
+    if own is None:  # another release of PyTorch
+        yield
+        return
 
     def get_mutated_tensors(kernel_idx: int, constant_args_idx: int, *rest: Any, **named: Any) -> list[str]:
         kernel: Any = wrap.kernel_side_table.get_kernel(kernel_idx)

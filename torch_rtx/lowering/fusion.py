@@ -21,13 +21,19 @@ from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.effects import is_barrier
+from torch_rtx.lowering.iteration_space import (
+    IterationSpace,
+    elements,
+    expressed,
+    is_absorbed_view,
+    iteration_space_of,
+)
 from torch_rtx.lowering.kernels.generate import fastest, generate
-from torch_rtx.lowering.kernels.index import Index, from_dim, product, variable
-from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, address, everything, load
+from torch_rtx.lowering.kernels.index import variable
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, View, address, everything
 from torch_rtx.lowering.kernels.loops import loop_operations
 from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us, typical
-from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
-from torch_rtx.lowering.kernels.rows import rows_of
+from torch_rtx.lowering.kernels.region import region, tensor_type
 from torch_rtx.lowering.rewrite import COPIES
 from torch_rtx.lowering.row_ranges import ranges_of_rows
 from torch_rtx.lowering.widening import is_elementwise, widened_factors, widens
@@ -46,20 +52,6 @@ MINOR = 8  # times as much is read beside an operand that a kernel may read in a
 NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
-
-
-@dataclass(frozen=True)
-class IterationSpace:
-    """`count` elements, or `count` rows of `size` elements, which are contiguous in memory or not."""
-
-    count: Index
-    size: Index | None = None
-    contiguous: bool = False
-
-    @property
-    def elements(self) -> tuple[Index, ...]:
-        """The numbers of elements that a result may have."""
-        return (self.count,) if self.size is None else (self.count, self.count * self.size)
 
 
 @dataclass(eq=False)
@@ -231,7 +223,7 @@ class FusionPlan:
 
     def _is_short(self, group: FusionGroup) -> bool:
         """A consumer of any size may compute `group` again for each of its elements."""
-        tensors = (one for member in group.members for one in everything(_expressed(self.nodes[member])))
+        tensors = (one for member in group.members for one in everything(expressed(self.nodes[member])))
         return sum(isinstance(one, Pointwise) for one in tensors) <= MAX_RECOMPUTED_OPS
 
     def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
@@ -382,7 +374,7 @@ class FusionPlan:
     def _is_minor_order(self, group: FusionGroup, result: TensorType, index: int) -> bool:
         """`group` only moves elements, which are few beside all that the anchor at `index` reads: in another order than
         that of memory they cost no more than a launch. Scales of blocks are such."""
-        tensors = everything(tensor for member in group.members for tensor in _expressed(self.nodes[member]))
+        tensors = everything(tensor for member in group.members for tensor in expressed(self.nodes[member]))
         read = [value.type for value in self.nodes[index].inputs if isinstance(value.type, TensorType)]
         minor = MINOR * bytes_of(result) <= sum(map(bytes_of, read))
         return minor and all(isinstance(tensor, Load | View | Select | Const) for tensor in tensors)
@@ -514,7 +506,7 @@ class FusionPlan:
         if any(value.name in self.begun for value in node.results):
             return True
         if node.op in COPIES or aten.may_alias(node):  # which a kernel would turn into a copy
-            return any(not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
+            return any(not isinstance(tensor, Load | View) for tensor in everything(expressed(node)))
         return bool(node.inputs)
 
 
@@ -522,12 +514,6 @@ def loops_us(graph: Graph, arches: tuple[Arch, ...]) -> float:
     """The expected microseconds of the loops of a graph, summed over `arches`; infinite if a part of it is none."""
     plan = FusionPlan(graph, arches)
     return sum(plan.us(group) for group in {id(group): group for group in plan.group_of.values()}.values())
-
-
-def elements(value: Value) -> Index:
-    """Elements of a tensor."""
-    assert isinstance(value.type, TensorType)
-    return product(map(from_dim, value.type.shape))
 
 
 def _bits(value: Value) -> int:
@@ -552,38 +538,6 @@ def _is_padded(consumer: IterationSpace, producer: IterationSpace) -> bool:
     """`consumer` is known to have a few more elements than `producer`, which is computed once for each of them."""
     here, there = consumer.elements[-1].number, producer.elements[-1].number
     return here is not None and there is not None and there < here <= there + there // 8
-
-
-def is_absorbed_view(node: Node) -> bool:
-    """Kernels absorb `node` as address arithmetic."""
-    if node.kind != "op" or len(node.inputs) != 1 or not aten.is_view(aten.overload(node.op)):
-        return False
-    try:
-        return bool(_expressed(node))
-    except Unsupported:
-        return False
-
-
-def _expressed(node: Node) -> list[Tensor]:
-    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
-    return list(express(node, values).values())
-
-
-def iteration_space_of(node: Node) -> IterationSpace | None:
-    """The iteration space of one operation; None if kernels do not cover it."""
-    if node.op in ANCHORS or not all(isinstance(v.type, TensorType) for v in node.inputs):
-        return None
-    try:
-        tensors = _expressed(node)
-        if not tensors:
-            return None
-        found = Region(Graph("import", outputs=tuple(v for v in node.outputs if v)), tuple(tensors), None, {})
-        rows = rows_of(found)
-    except Unsupported:
-        return None
-    if not rows.axes:
-        return IterationSpace(product(tensors[0].shape))
-    return IterationSpace(rows.count, rows.size, rows.contiguous)
 
 
 def kernel_name(body: Graph) -> str:

@@ -58,7 +58,7 @@ from torch_rtx.lowering.passes.transpose_weights import transpose_weights
 from torch_rtx.lowering.passes.unroll_recurrences import unroll_recurrences
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import Target
+from torch_rtx.targets import HIGHEST, Target
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,12 @@ class Context:
     def atomics(self) -> bool:
         """Kernels may add floats to memory in any order, so that runs differ in their last bits."""
         return not torch.are_deterministic_algorithms_enabled()
+
+    @property
+    def exact_products(self) -> bool:
+        """Products of matrices in float32 are as exact as other sums in float32: never in TF32."""
+        asked = self.settings.float32_precision
+        return asked == HIGHEST if asked is not None else torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Pass:
 PIPELINE = (
     Pass(simplify),
     Pass(cse),
-    Pass(raise_products, needs=("targets",)),
+    Pass(raise_products, needs=("targets",), takes=("exact_products",)),
     Pass(raise_attention),
     Pass(raise_gelu),
     Pass(raise_group_norm),

@@ -94,13 +94,14 @@ def records(value: Any) -> bool:
 
 def condition(then: Body, otherwise: Body, pred: torch.Tensor, operands: list[Any]) -> list[Any]:
     """Records a condition. Both branches leave their results in the memory of the first. The second one writes there,
-    so that it is that of no operand, and of no other result."""
+    so that it is that of no operand, and of no other result, and that of one element alone."""
     results: list[Any] = []
     taken = {value.untyped_storage().data_ptr() for value in operands if isinstance(value, torch.Tensor)}
 
     def first() -> None:
         for value in then(operands, ()):
-            own = value.clone() if value.untyped_storage().data_ptr() in taken else value
+            is_shared = value.untyped_storage().data_ptr() in taken or _is_expanded(value)
+            own = value.clone() if is_shared else value
             taken.add(own.untyped_storage().data_ptr())
             results.append(own)
 
@@ -108,6 +109,11 @@ def condition(then: Body, otherwise: Body, pred: torch.Tensor, operands: list[An
         _record(_IF, pred, False, first)
         _record(_IF, pred, True, lambda: _copy(otherwise(operands, ()), results))
     return results
+
+
+def _is_expanded(value: torch.Tensor) -> bool:
+    """Several elements lie at one place."""
+    return any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def loop(body: Body, state: list[Any], operands: list[Any]) -> list[Any]:

@@ -5,9 +5,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+
+import torch
 
 from torch_rtx import aten
 from torch_rtx.ir import Attr, Graph, Node, Value, Weight, attr_map, attr_values
+from torch_rtx.runtime.code import Code, compile_graph
+
+
+class Recipes:
+    """The recipes of weights, and joint ones, as code. Each is compiled when it first runs: a refit and a store that is
+    attached run joint recipes, and single ones of the other weights alone; an engine that has its weights runs none."""
+
+    def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
+        self._weights, self._device = weights, device
+        self._code: dict[tuple[int, ...], Code] = {}
+
+    @cached_property
+    def _joint(self) -> dict[tuple[int, ...], Graph]:
+        return dict(joint_recipes(self._weights))
+
+    @cached_property
+    def _groups(self) -> dict[int, tuple[int, ...]]:
+        return {index: indices for indices in self._joint for index in indices}
+
+    def beside(self, index: int) -> tuple[int, ...]:
+        """The weights that the joint recipe of this one makes, it among them, by index; without one it alone."""
+        return self._groups.get(index, (index,))
+
+    def code(self, indices: tuple[int, ...]) -> Code:
+        """What makes these weights: one that has a recipe, or those of a joint recipe."""
+        if indices not in self._code:
+            recipe = self._joint[indices] if len(indices) > 1 else self._weights[indices[0]].recipe
+            assert recipe is not None
+            self._code[indices] = compile_graph(recipe, self._device, name="recipes" if len(indices) > 1 else "recipe")
+        return self._code[indices]
 
 
 def joint_recipes(weights: Sequence[Weight]) -> list[tuple[tuple[int, ...], Graph]]:

@@ -28,9 +28,9 @@ from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
 from torch_rtx.ir import Graph, Weight
 from torch_rtx.onnx.framed import aligned
-from torch_rtx.runtime.code import Code, compile_graph, undisturbed
+from torch_rtx.runtime.code import undisturbed
 from torch_rtx.runtime.gate import Gate
-from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.joint_recipes import Recipes
 from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan, made_by
 from torch_rtx.runtime.streaming import Streamer
@@ -99,13 +99,7 @@ class WeightStore:
         if streamer is None:
             self._constants = {name: self._place(name, tensor) for name, tensor in self._data.items()}
         self._unused = unused_names
-        self._recipes = [
-            None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
-        ]
-        # By index of a weight: it and all others that one recipe makes, and that recipe.
-        self._joint: dict[int, tuple[tuple[int, ...], Code]] = {}
-        for indices, recipe in joint_recipes(graph.weights):
-            self._joint |= dict.fromkeys(indices, (indices, compile_graph(recipe, device, name="recipes")))
+        self._recipes = Recipes(graph.weights, device)
         self._made_by = {index: made_by(weight) for index, weight in self.lendable() if weight.recipe is not None}
         # Per weight: it depends on a parameter that is no constant.
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
@@ -479,7 +473,7 @@ class WeightStore:
             found = {**self.originals, **unloaded.sources, **self._sources}
             values = dict(enumerate(self.values)) if self.ready else unloaded.values
             for index, weight in enumerate(self.weights):
-                if self._recipes[index] is None and index in values:
+                if weight.recipe is None and index in values:
                     (name,) = weight.names
                     if name not in found or weight.value.name in self._written:
                         found[name] = values[index]
@@ -529,20 +523,19 @@ class WeightStore:
             return self._loan.value(index)
         if made is not None and index in made:
             return _in_host_memory(made.pop(index)) if host or index in self._hosts else made.pop(index)
-        weight, recipe = self.weights[index], self._recipes[index]
+        weight = self.weights[index]
         host = host or index in self._hosts
         given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
-        if recipe is None:
+        if weight.recipe is None:
             return self._place(weight.names[0], given[0], _HOST if host else None)
         inputs = [aligned(self._place(name, tensor)) for name, tensor in zip(weight.names, given, strict=True)]
         with undisturbed(self.device):
             try:
-                if made is None or index not in self._joint:
-                    value = recipe(inputs, ())[0]
-                else:
-                    indices, joint = self._joint[index]
-                    made |= zip(indices, joint(inputs, ()), strict=True)
-                    value = made.pop(index)
+                indices = (index,) if made is None else self._recipes.beside(index)
+                results = dict(zip(indices, self._recipes.code(indices)(inputs, ()), strict=True))
+                value = results.pop(index)
+                if made is not None:
+                    made |= results
             except OverflowError as error:  # of `torch_rtx.to_int8`
                 problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
                 raise RefitError(mismatched={", ".join(weight.names): problem}) from error

@@ -27,7 +27,7 @@ from torch_rtx.targets import Target, arch_of
 
 HEADS, QUERIES, KEYS = 4, 20, 37
 SMALL = AttentionConfig(16, 16, 4, 1, 16)
-IDS = (torch.arange(KEYS) // 13).expand(2, KEYS).contiguous()
+IDS = (torch.arange(KEYS) % 2).expand(2, KEYS).contiguous()
 torch.manual_seed(2)
 
 

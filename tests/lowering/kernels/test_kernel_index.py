@@ -233,3 +233,22 @@ def test_numbers_that_may_be_negative_are_added_but_neither_divided_nor_taken_as
             region(parse(ADDED.strip().replace("OTHER", other)))
     with pytest.raises(Unsupported, match="negative"):
         region(parse(ADDED.strip().replace("-9, 9", "2, 9").replace("OTHER", "((-9 + n) // 2)")))
+
+
+LARGE = """
+graph import {
+  dim s = 2, MOST, 1
+  dim t = 2, MOST, 1
+  input x: f32[SHAPE]
+  y: f32[4] = op aten.sum.dim_IntList(self=x, dim=[0])
+  return [y]
+}
+"""
+
+
+@pytest.mark.parametrize("shape", ["s, 4](0, 1", "(s + (-1 * t)), 4](4, 1", "(s * t), 4](4, 1"])
+def test_offsets_of_sizes_without_a_bound_have_64_bits(shape: str) -> None:
+    """Also of differences of two such sizes, and where a stride is 0."""
+    text = LARGE.strip().replace("SHAPE]", f"{shape})")
+    assert needs_int64(region(parse(text.replace("MOST", "None"))))
+    assert not needs_int64(region(parse(text.replace("MOST", "999"))))

@@ -320,8 +320,26 @@ class _CapturedWriter(_QueryWriter):
                 self._line(f"{name} += {value}")
                 continue
             seen = [Operand(self.seen, both)] if self.seen and both <= axes else []
-            for line in emitter.add("out0", address, Operand(value, axes), (*safe, *seen)):
+            lines = emitter.add("out0", address, Operand(value, axes), (*safe, *seen))
+            computed = isinstance(term.target, Gather) and both <= axes
+            for line in self._to_one_place(address, value, [*safe, *seen], lines) if computed else lines:
                 self._line(line)
+
+    def _to_one_place(self, address: Index, value: str, conditions: list[Operand], otherwise: list[str]) -> list[str]:
+        """The lines that add a whole tile at once where its places are all the same, as those of keys that are farther
+        away than a table reaches: many additions to one place wait for each other."""
+        inside = " & ".join(one.text for one in conditions)
+        tile = self.emitter.shape(frozenset(("M", "N")))
+        kind = "tl.int64" if self.cast else "tl.int32"
+        return [
+            f"place = {address} + tl.zeros({tile}, {kind})",
+            f"lowest = tl.min(tl.where({inside}, place, {2**31 - 1}))",
+            f"highest = tl.max(tl.where({inside}, place, -1))",
+            "if lowest == highest:",
+            f'    tl.atomic_add(out0 + lowest, tl.sum(tl.where({inside}, {value}, 0.0)), sem="relaxed")',
+            "elif highest >= 0:",
+            *indent(otherwise),
+        ]
 
     def _element(self, target: View | Gather) -> tuple[Position, list[Operand]]:
         """The place that scores add to, and the conditions that there is one."""

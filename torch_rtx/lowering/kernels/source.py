@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 
-from torch_rtx.ir import Dim, Expr, Sym, TensorType, attr_dims, dim_expr
+from torch_rtx.ir import Dim, Expr, TensorType, attr_dims, dim_expr, type_dims
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import bounds
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -112,9 +112,10 @@ def block_of(size: int) -> int:
 
 def needs_int64(region: Region) -> bool:
     """Some element offset, or a number that the kernel computes with, may exceed int32, so that both must be int64."""
-    types = [value.type for value in region.body.values()]
-    numbers = (dim for node in region.body.nodes for _, attr in node.args for dim in attr_dims(attr))
-    return any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType)) or any(map(_is_far, numbers))
+    types = [value.type for value in region.body.values() if isinstance(value.type, TensorType)]
+    numbers = [dim for node in region.body.nodes for _, attr in node.args for dim in attr_dims(attr)]
+    numbers += [dim for type_ in types for dim in type_dims(type_)]
+    return any(_reach(type_) >= 2**31 for type_ in types) or any(map(_is_far, numbers))
 
 
 def _is_far(dim: Dim) -> bool:
@@ -123,21 +124,12 @@ def _is_far(dim: Dim) -> bool:
 
 
 def _reach(type_: TensorType) -> float:
-    ends = [_largest(size) * _largest(stride) for size, stride in zip(type_.shape, type_.strides, strict=True)]
-    return max(sum(ends), prod(map(_largest, type_.shape)))
+    """How many elements a tensor has, or how far it reaches in memory."""
+    ends = zip(type_.shape, type_.strides, strict=True)
+    return max(sum(_largest(size, stride) for size, stride in ends), _largest(*type_.shape))
 
 
-def _largest(dim: Dim) -> float:
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return inf if dim.max is None else dim.max
-    found = [_largest(arg) for arg in dim.args]
-    match dim.op:
-        case "+":
-            return sum(found)
-        case "*":
-            return prod(found)
-        case "//":
-            return found[0]
-    return min(found) if dim.op in ("min", "%") else max(found)
+def _largest(*factors: Dim) -> float:
+    """The largest value of a product: 0 times a size without a bound is 0."""
+    found = [bounds(factor)[1] for factor in factors]
+    return 0 if 0 in found else prod(found)

@@ -94,6 +94,7 @@ class _Writer(Rewriter):
         if not changed:
             self.nodes.append(replace(node, args=node.map_inputs(self.current)))
         self._note_widening(self.nodes[-1])
+        self._note_copy(self.nodes[-1])
         if node.kind == "op" and is_loop(node.op) and not aten.is_view(aten.overload(node.op)):
             for old, new in zip(node.outputs, self.nodes[-1].outputs, strict=True):
                 if old is not None and new is not None and self._loses_layout(new, self.nodes[-1]):
@@ -106,6 +107,14 @@ class _Writer(Rewriter):
         before, after = (type_of(value) for value in (*node.inputs, *node.results))
         if DTYPES[before.dtype].bits < DTYPES[after.dtype].bits:
             self._narrow[node.results[0].name] = node.inputs[0]
+
+    def _note_copy(self, node: Node) -> None:
+        """Remember what a call copies that is channels-last already, unless the graph writes to memory."""
+        if node.op != "aten.clone.default" or node.arg("memory_format") != "contiguous_format" or self.graph.written:
+            return
+        (image,), (copy,) = node.inputs, node.results
+        if 4 <= len(type_of(image).shape) <= 5 and _is_channels_last(type_of(image)):
+            self._twins.setdefault(copy.name, image)
 
     def _loses_layout(self, value: Value, node: Node) -> bool:
         """`value`, a result of `node`, lies row by row, although an input of its shape does not."""
@@ -260,7 +269,10 @@ class _Writer(Rewriter):
         if type_.strides == strides:
             return value
         if value.name in self._twins:
-            return self._twins[value.name]
+            twin = self._twins[value.name]
+            return twin if type_of(twin).strides == strides else self._to_channels_last(twin)
+        if value.name not in self._constant and _is_channels_last(type_):
+            return self._paired(value, self._with_own_strides(value))
         if value.name in self._narrow:  # the copy is one of few bits
             copy = self._to_channels_last(self._narrow[value.name])
             return self._paired(value, self.emit(CAST, self=copy, dtype=type_.dtype))
@@ -273,6 +285,14 @@ class _Writer(Rewriter):
         form = "channels_last" if len(strides) == 4 else "channels_last_3d"
         types = (replace(type_, strides=strides),)
         return self._paired(value, self.emit("aten.clone.default", None, types, self=value, memory_format=form))
+
+    def _with_own_strides(self, value: Value) -> Value:
+        """A view of a channels-last image in which dimensions of one element have the strides that follow from those
+        of others."""
+        batch, channels, *sizes = type_of(value).shape
+        moved = self.emit("aten.permute.default", self=value, dims=(0, *range(2, len(sizes) + 2), 1))
+        moved = self.emit("aten.view.default", self=moved, size=(batch, *sizes, channels))
+        return self.emit("aten.permute.default", self=moved, dims=(0, len(sizes) + 1, *range(1, len(sizes) + 1)))
 
     def _paired(self, value: Value, copy: Value) -> Value:
         """`copy`, from now on known as the same as `value`."""
@@ -398,6 +418,13 @@ def _differs(type_: Type, value: Value | None) -> bool:
 def _coincide(shape: tuple[Dim, ...]) -> bool:
     """Whether images of `shape` lie in memory the same way in both layouts."""
     return shape[1] == 1 or all(size == 1 for size in shape[2:])
+
+
+def _is_channels_last(type_: TensorType) -> bool:
+    """An image lies channels-last; strides of dimensions of one element do not matter. Where it lies the same way in
+    both layouts it does not count as one."""
+    each = zip(type_.shape, type_.strides, strides_of(type_.shape), strict=True)
+    return not _coincide(type_.shape) and all(size == 1 or stride == own for size, stride, own in each)
 
 
 def strides_of(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:

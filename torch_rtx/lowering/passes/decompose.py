@@ -12,8 +12,9 @@ from dataclasses import replace
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, Value, contiguous, dim_expr
-from torch_rtx.lowering.fusion import is_absorbed_view, iteration_space_of, loops_us
+from torch_rtx.lowering.fusion import loops_us
 from torch_rtx.lowering.infer import Inference, is_symbolic
+from torch_rtx.lowering.iteration_space import is_absorbed_view, iteration_space_of
 from torch_rtx.lowering.kernels.body_builder import needed
 from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.recording import decomposition, recorded

@@ -4,7 +4,7 @@
 
 State-space models and linear attention are written so, with their dimensions in any order. Summed one by one, as many
 elements are read as there are multiplications; a product reads each operand a few times, on tensor cores. The raised
-call rounds fewer times.
+call rounds fewer times. In float32 a sum stays one where matrices are multiplied in TF32, which the sum is not.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from torch_rtx.dtypes import HALVES
 from torch_rtx.ir import Attr, Graph, Loc, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite, users
 
 MUL, SUM = "aten.mul.Tensor", "aten.sum.dim_IntList"
-DTYPES = ("f16", "bf16", "f32")
 LEAST = 16  # rows, columns and terms of a product: fewer fill no tile
 Axes = tuple[int, ...]
 
 
-def raise_products(graph: Graph, infer: Inference) -> Graph:
+def raise_products(graph: Graph, infer: Inference, exact_products: bool) -> Graph:
     """Level import to level import. A multiplication stays if anything else reads its result."""
+    dtypes = {*HALVES, "f32"} if exact_products else HALVES
     readers, kept = users(graph), escaping(graph)
     made = {value.name: node for node in graph.nodes for value in node.results}
 
@@ -35,7 +36,11 @@ def raise_products(graph: Graph, infer: Inference) -> Graph:
         if product is None or product.op != MUL or len(readers[terms.name]) != 1:
             return False
         found = _matched(node, product)
-        return found is not None and rewriter.expand(node, lambda: found.emit(rewriter, node.loc))
+        return (
+            found is not None
+            and found.result.dtype in dtypes
+            and rewriter.expand(node, lambda: found.emit(rewriter, node.loc))
+        )
 
     return rewrite(graph, infer, visit)
 
@@ -100,7 +105,7 @@ def _matched(node: Node, product: Node) -> _Product | None:
     (result,) = node.outputs
     values = [value for value in (terms, result, first, second) if isinstance(value, Value)]
     types = [value.type for value in values if isinstance(value.type, TensorType)]
-    if len(types) < 4 or types[0].dtype not in DTYPES or len({(one.dtype, one.device) for one in types}) > 1:
+    if len(types) < 4 or len({(one.dtype, one.device) for one in types}) > 1:
         return None
     shape = tuple(size for size in types[0].shape if isinstance(size, int))
     dims = node.arg("dim")
