@@ -191,7 +191,7 @@ model(x).sum().backward()
 torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
 """
 LOADED = """
-if captured or {"torch_rtx.lowering.pipeline", "torch_rtx.backend.kernels"} & sys.modules.keys():
+if captured or "torch_rtx.lowering.pipeline" in sys.modules:
     print("built", file=sys.stderr)
 """
 LOGGED = """

@@ -25,6 +25,7 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.backend.compiler import Built, Program, check_settings, compile_fx, device_of, log_fallbacks
 from torch_rtx.backend.fx_hash import graph_key
+from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.binaries import Binaries, Pack, packs_of
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
@@ -115,8 +116,6 @@ def _build(
     ranges: Mapping[Any, Any] | None,
     typical: Mapping[Any, int] | None,
 ) -> Built:
-    from torch_rtx.backend.kernels import kernels_of  # with what generates kernels: a hit needs none of it
-
     stage("compiling the graph")
     built = compile_fx(gm, roles, settings, writes, ranges, typical)
     built.program.kernels = kernels_of(built.program, settings)
