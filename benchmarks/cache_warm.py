@@ -1,10 +1,14 @@
 """Seconds inside the backend of a cold and of a warm `torch.compile(backend="rtx")`, each in a process of its own.
 
     python -m benchmarks.cache_warm [--size full] [--repeats 3] [--out results.json] [MODEL ...]
+    python -m benchmarks.cache_warm --engines [MODEL ...]       of engines: seconds to build, to import and to load one
 
 What is timed is the call of the backend by Dynamo, as in `benchmarks.backend_time`: what remains of the first call of a
 model is Dynamo's own tracing. A cold process finds an empty cache, the warm one after it what the cold one has built.
 The results of both must be the same bit for bit.
+
+An engine is built for a GPU, which need not be there, without kernels and weights, and loaded on the CPU as an
+untrusted file. Its seconds are those of the processor, which others on the machine change little.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT, LIMIT_S = 0.15, 0.3
+LOAD_LIMIT_S = 1.0  # of imports after PyTorch's own, and loading
 
 
 def inside(name: str, size: str, folder: str) -> dict[str, Any]:
@@ -64,6 +69,70 @@ def measure(name: str, size: str = "full", repeats: int = 3) -> dict[str, float]
     return {"cold_s": cold, "warm_s": warm, "ratio": statistics.median(w / c for c, w in pairs)}
 
 
+def built(name: str, size: str, path: str) -> dict[str, float]:
+    """In this process: the seconds in which an engine is built and saved."""
+    import time
+
+    import torch
+
+    import torch_rtx
+    from benchmarks import models
+    from benchmarks.cases import half
+
+    options: dict[str, Any] = {"dtype": getattr(torch, half(name))}
+    model = models.without_weights(name, size, **options)  # type: ignore[arg-type]
+    args, kwargs = models.inputs(name, size, **options)  # type: ignore[arg-type]
+    caches = {"cache_built_engines": False, "reuse_cached_engines": False}
+    settings = torch_rtx.CompilationSettings(device="cuda", targets="later", **caches)
+    start = time.process_time()
+    with torch.no_grad():
+        torch_rtx.save(torch_rtx.compile(model, args, kwargs, settings=settings), path)
+    return {"build_s": time.process_time() - start}
+
+
+def loaded(path: str) -> dict[str, float]:
+    """In this process: the seconds in which torch_rtx is imported, after PyTorch, and an engine loaded."""
+    import time
+
+    import torch  # noqa: F401
+
+    start = time.process_time()
+    import torch_rtx
+
+    load = torch_rtx.load
+    imported = time.process_time()
+    load(path, device="cpu")
+    return {"import_s": imported - start, "load_s": time.process_time() - imported}
+
+
+def measure_engine(name: str, size: str = "full", repeats: int = 3) -> dict[str, float]:
+    """Seconds of `built`, and medians of those of `loaded`."""
+
+    def run(*arguments: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks.cache_warm", "--size", size, *arguments]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        found: dict[str, float] = json.loads(lines[-1])
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.rtx"
+        made = run("--build", path, name)
+        runs = [run("--load", path) for _ in range(repeats)]
+    return made | {key: statistics.median(one[key] for one in runs) for key in runs[0]}
+
+
+def engines(names: list[str], size: str, repeats: int) -> bool:
+    """Print the table of engines; whether all are within the limit."""
+    print(f"{'model':18}{'build s':>9}{'import s':>10}{'load s':>9}")
+    within = True
+    for name in names:
+        row = measure_engine(name, size, repeats)
+        within &= row["import_s"] + row["load_s"] <= LOAD_LIMIT_S
+        print(f"{name:18}{row['build_s']:9.2f}{row['import_s']:10.3f}{row['load_s']:9.3f}", flush=True)
+    print(f"limit: import and load {LOAD_LIMIT_S} s")
+    return within
+
+
 def main() -> None:
     """Print the table; exit status 1 if a model is over the limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,8 +140,17 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full"), default="full")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--inside", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--engines", action="store_true")
+    for hidden in ("inside", "build", "load"):
+        parser.add_argument(f"--{hidden}", metavar="PATH", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.build or options.load:
+        print(
+            json.dumps(built(options.models[0], options.size, options.build) if options.build else loaded(options.load))
+        )
+        return
+    if options.engines:
+        sys.exit(not engines(options.models, options.size, options.repeats))
     if options.inside:
         print(json.dumps(inside(options.models[0], options.size, options.inside)))
         return
