@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import itertools
 import logging
 import os
@@ -57,6 +59,17 @@ def unspecialized() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--all-dtypes`: samples of operators in every dtype; without it in some, which differ from name to name."""
     parser.addoption("--all-dtypes", action="store_true", help="samples of operators in every dtype")
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """pytest rewrites the asserts of each test file the first time that one is imported, in ten seconds for all of them
+    after a checkout. Every other worker of the whole suite begins with the last file: what one does no other has to."""
+    whole = session.config.args == session.config.getini("testpaths")
+    if not whole or int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2 == 0:
+        return
+    for path in sorted(Path(__file__).parent.rglob("test_*.py"), reverse=True):
+        with contextlib.suppress(pytest.skip.Exception):  # of what the environment lacks
+            importlib.import_module(".".join(path.relative_to(Path(__file__).parents[1]).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:

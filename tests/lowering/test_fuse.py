@@ -107,11 +107,19 @@ class Drawn:
             self.accumulate(x, draw(st.integers(0, rank - 1)))
 
     def move(self, x: Value, rank: int) -> None:
-        kind, axis = self.draw(st.integers(0, 3)), self.draw(st.integers(0, rank - 1))
+        kind, axis = self.draw(st.integers(0, 5)), self.draw(st.integers(0, rank - 1))
+        size = x.type.shape[axis]
         if kind == 0:
-            size = x.type.shape[axis]
             first = self.draw(st.integers(0, size - 1 if isinstance(size, int) else 1))
             self.add("aten.slice.Tensor", self=x, dim=axis, start=first, end=2**63 - 1)
+        elif kind == 4:
+            self.add("aten.flip.default", self=x, dims=(axis,))
+        elif kind == 5:  # a roll
+            first = dim_expr("%", dim_expr("+", size, self.draw(st.sampled_from([1, -1, -5]))), size)
+            index = self.rewriter.emit("aten.arange.default", None, end=size, device="main")
+            index = self.rewriter.emit("aten.add.Tensor", None, self=index, other=first)
+            index = self.rewriter.emit("aten.fmod.Scalar", None, self=index, other=size)
+            self.add("aten.index_select.default", self=x, dim=axis, index=index)
         elif kind == 1:
             self.add("aten.cat.default", tensors=(x, self.draw(st.sampled_from(self.values))), dim=axis)
         elif kind == 2:

@@ -58,6 +58,12 @@ class Int32(int):
     def __mod__(self, by: int) -> Int32:
         return Int32(math.fmod(self, by))
 
+    def __rfloordiv__(self, other: int) -> Int32:
+        return Int32(other) // self
+
+    def __rmod__(self, other: int) -> Int32:
+        return Int32(other) % self
+
     __radd__, __rmul__ = __add__, __mul__
 
 
@@ -252,3 +258,22 @@ def test_offsets_of_sizes_without_a_bound_have_64_bits(shape: str) -> None:
     text = LARGE.strip().replace("SHAPE]", f"{shape})")
     assert needs_int64(region(parse(text.replace("MOST", "None"))))
     assert not needs_int64(region(parse(text.replace("MOST", "999"))))
+
+
+FLIPPED = """
+graph import {
+  input x: f32[2, 4]
+  input y: f32[4]
+  a: f32[2, 4] = op aten.add.Tensor(self=x, other=y)
+  b: f32[8] = op aten.view.default(self=a, size=[8])
+  c: f32[8] = op aten.flip.default(self=b, dims=[0])
+  return [c]
+}
+"""
+
+
+def test_a_flipped_sum_of_rows() -> None:
+    kernel = Interpreted(generate(parse(FLIPPED.strip()), "k", arch_of(89), 0))
+    x, y, z = torch.randn(2, 4), torch.randn(4), torch.zeros(8)
+    kernel((x.data_ptr(), y.data_ptr(), z.data_ptr()), (), (1, 1, 1))
+    assert torch.equal(z, (x + y).view(8).flip(0))
