@@ -280,29 +280,10 @@ def test_inspect(tmp_path: Path) -> None:
     x = Input(profiles=[((1, 3), (2, 3), (4, 3)), ((8, 3), (8, 3), (16, 3))])
     torch_rtx.save(torch_rtx.compile(nn.ReLU(), (x,)), tmp_path / "m.rtx")
     seen = torch_rtx.inspect(tmp_path / "m.rtx")
-    assert (seen.manifest.format_version, seen.manifest.min_reader) == (6, 3)
     assert "profile 0: input [1..4 (opt 2), 3]\nprofile 1: input [8..16 (opt 8), 3]\n" in str(seen)
     assert CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx")]).stdout == f"{seen}\n"
     found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx"), "--json"]).stdout)
     assert found["profiles"] == [{"input": [[1, 2, 4], 3]}, {"input": [[8, 8, 16], 3]}]
-
-
-def test_only_what_needs_a_new_reader_asks_for_one(tmp_path: Path) -> None:
-    given: list[tuple[Any, Any, int]] = [
-        (Input((4,)), None, 1),
-        (torch.ones(4), {"input": {0: Dim("n", min=1, max=8)}}, 1),
-        (Input(min_shape=(0,), opt_shape=(0,), max_shape=(8,)), None, 1),  # there is no typical size
-        (Input(min_shape=(1,), opt_shape=(2,), max_shape=(8,)), None, 3),
-        (Input(profiles=[((0,), (0,), (3,)), ((5,), (5,), (8,))]), None, 3),
-    ]
-    for number, (x, dynamic_shapes, reader) in enumerate(given):
-        path = tmp_path / f"{number}.rtx"
-        torch_rtx.save(torch_rtx.compile(nn.ReLU(), (x,), dynamic_shapes=dynamic_shapes), path)
-        assert torch_rtx.inspect(path).manifest.min_reader == reader
-
-
-S = Sym("s", 2, 9)
-ONE = Graph("fused", (Value("x", TensorType("f32", (S, 4), (4, 1))),))
 
 
 @pytest.mark.parametrize(
