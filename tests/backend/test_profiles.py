@@ -286,6 +286,10 @@ def test_inspect(tmp_path: Path) -> None:
     assert found["profiles"] == [{"input": [[1, 2, 4], 3]}, {"input": [[8, 8, 16], 3]}]
 
 
+S = Sym("s", 2, 9)
+ONE = Graph("fused", (Value("x", TensorType("f32", (S, 4), (4, 1))),))
+
+
 @pytest.mark.parametrize(
     ("profile", "message"),
     [
