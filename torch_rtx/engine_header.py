@@ -45,7 +45,7 @@ _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name
 PROGRAM = "program"  # key of a tensor
 # Bytes of its two parts; one that is compressed gives 1000 and more, so that a hostile file would be small. A graph has
 # at most 2^18 lines.
-MAX_TABLES, MAX_GRAPH = 8 << 20, 32 << 20
+MAX_TABLES, MAX_GRAPH = 16 << 20, 32 << 20
 
 File = Path | BinaryIO
 
