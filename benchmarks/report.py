@@ -36,40 +36,44 @@ measures these workloads.
 HEAD = """\
 # Performance, in detail
 
-`python -m benchmarks report --docs docs` generates this page, [the one before it](performance.md) and its plot from
-`benchmarks/results/`; a test checks that they are up to date. To measure, in a clone: `python -m benchmarks run --suite
-S,.. --models M,.. --peers P,.. --out results.json`; `python -m benchmarks list` names suites, models and peers.
+`python -m benchmarks report --docs docs` generates this page, [the page before it](performance.md) and its plot from
+`benchmarks/results/`. A test checks that they are up to date. To measure in a clone, run `python -m benchmarks run
+--suite S,.. --models M,.. --peers P,.. --out results.json`. The command `python -m benchmarks list` names suites,
+models and peers.
 
 Weights are random and inputs change from call to call. The results of every peer are compared with a float64 run before
-anything is timed. Ratios are between peers that took turns in one process, round by round; do not compare times of
+any peer is timed. Ratios are between peers that took turns in one process, round by round. Do not compare times of
 different machines or sections.
 
 - Times are medians, with the 5th and 95th percentile in parentheses.
-- *device*: time per call in a row of calls without waiting, by device events. *wall*: one call alone, until its result
-  is there.
-- *of floor*: time relative to a lower bound, the larger of FLOPs over the measured rate of a large matrix product and
-  compulsory bytes (weights, inputs, outputs, once) over the measured rate of a large copy.
+- *device*: time per call in a row of calls without a wait between them, by device events. *wall*: time of one call
+  alone, until its result is complete.
+- *of floor*: time relative to a lower bound. The bound is the larger of two times: FLOPs over the measured rate of a
+  large matrix product, and compulsory bytes (weights, inputs, outputs, once) over the measured rate of a large copy.
 - *of best*: time, host time or memory relative to the best peer of the same process that is not torch_rtx.
 
-A training step is forward, backward and AdamW, without dropout, so that gradients can be compared; those of a wider
-dtype (float32 on a GPU) are the reference. Models of `transformers` compute their loss themselves, from labels. The
-UNet is trained by LoRA of its attention projections, the rest in bfloat16; Llama's layers are checkpointed.
+A training step is forward, backward and AdamW. It has no dropout, so that gradients can be compared. Gradients of a
+wider dtype (float32 on a GPU) are the reference. Models of `transformers` compute their loss themselves, from labels.
+The UNet is trained by LoRA of its attention projections, with the rest in bfloat16. Llama's layers are checkpointed.
 
-- *host*: time until a step is queued, the device idle before it.
-- *peak*: what PyTorch's allocator takes from the device for a step, with weights and optimizer, if it keeps nothing
-  from earlier steps. Memory pools of CUDA graphs count as a whole: what is free in them is of no use to anything else.
-- *allocated*: PyTorch's `max_memory_allocated` for the same step, which leaves that out.
-- *first step*: from `torch.compile` to the end of the first step (suite `train`: of its backward), caches empty or
-  filled by an earlier process. In `train` Inductor's modes run in one process and share what they have compiled.
+- *host*: time until a step is queued, on a device that was idle before.
+- *peak*: memory that PyTorch's allocator takes from the device for a step, with weights and optimizer, if it keeps
+  nothing from earlier steps. Memory pools of CUDA graphs count as a whole, because nothing else can use the free memory
+  in them.
+- *allocated*: PyTorch's `max_memory_allocated` for the same step, which does not count that free memory.
+- *first step*: time from `torch.compile` to the end of the first step (in suite `train`, to the end of its backward),
+  with caches that are empty or that an earlier process has filled. In `train`, Inductor's modes run in one process and
+  share compiled code.
 
 Quantized models are measured one peer after the other, beside the same model in half precision (`half`). `fp8`, `int8`
-and `int4` are what `torch_rtx.quantize` makes, all by `rtx-merged`; behind a hyphen, the same format by torchao's
-`quantize_`: compiled by torch_rtx or by Inductor with `max-autotune`, or as library calls.
+and `int4` are models that `torch_rtx.quantize` makes, all run by `rtx-merged`. A name with a hyphen is the same format
+by torchao's `quantize_`, compiled by torch_rtx or by Inductor with `max-autotune`, or run as library calls.
 
-- *times*: how many times faster, than `half`, and than the same format otherwise.
-- *of bandwidth*: time that codes and scales of all layers take at the measured rate of a large copy, of the call's.
-- *error* is that against the unquantized model in float64, *distance* that from the quantized model's own eager result:
-  each is at most 1.5 times the error of this eager result.
+- *times*: how many times faster than `half`, and than the same format by other peers.
+- *of bandwidth*: the time to read codes and scales of all layers at the measured rate of a large copy, as a share of
+  the time of the call.
+- *error* is the error against the unquantized model in float64. *distance* is the distance from the quantized model's
+  own eager result. Each is at most 1.5 times the error of this eager result.
 
 | peer | what it is |
 | --- | --- |
