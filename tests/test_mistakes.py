@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch_rtx.save(other, found / "other.rtx")
     whole = Path(found / "model.rtx").read_bytes()
     Path(found / "short.rtx").write_bytes(whole[:100])
-    Path(found / "bad.rtx").write_bytes(whole.replace(b"relu", b"rolu"))
+    Path(found / "bad.rtx").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     torch.save(model.state_dict(), found / "model.pt")
     save_file(model.state_dict(), found / "w.st")
     (found.folder / "empty").mkdir()

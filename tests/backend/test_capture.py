@@ -12,7 +12,7 @@ from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.helpers.ahead import Function
-from torch_rtx.backend import capture, fake_cuda
+from torch_rtx.backend import capture, capture_cache, fake_cuda
 from torch_rtx.errors import CaptureError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -161,10 +161,10 @@ def test_dynamic_shapes_reach_the_compiler(inference, graphs):
 
 def test_needs_autograd():
     weight = nn.Parameter(torch.ones(2))
-    assert capture.needs_autograd([3, weight])
-    assert not capture.needs_autograd([3, weight.detach()])
+    assert capture_cache._needs_autograd([3, weight])
+    assert not capture_cache._needs_autograd([3, weight.detach()])
     with torch.no_grad():
-        assert not capture.needs_autograd([weight])
+        assert not capture_cache._needs_autograd([weight])
 
 
 def gradients(model, x):

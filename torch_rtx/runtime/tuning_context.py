@@ -33,6 +33,7 @@ from torch_rtx.targets import EXACT, Float32, arch_of
 log = logging.getLogger(__name__)
 _READ_BY_LOWERING = (
     "accumulation",
+    "binaries",
     "chips",
     "dims",
     "dtypes",

@@ -92,6 +92,8 @@ def test_partial_products_are_dots_of_halves() -> None:
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
+UNDIVIDED = {"tokens of patches", "a range of channels, depthwise"}  # three channels, and one for each filter
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_convolutions(dtype: str) -> None:
@@ -99,7 +101,7 @@ def test_convolutions(dtype: str) -> None:
     check_split(text.replace("1536", "96"), 4, dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "tokens of patches"])  # of three channels
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name not in UNDIVIDED])
 def test_kinds_of_convolutions(name: str) -> None:
     check_split(CONVOLUTIONS[name].replace("TYPE", "'f16'"), 2)
 
