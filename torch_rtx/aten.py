@@ -26,6 +26,7 @@ from torch_rtx import (
     host_ops,
     one_shot,
     scaled_mm,
+    scatters,
 )
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
@@ -79,10 +80,12 @@ UNINITIALIZED = frozenset(
         *("new_empty.default", "new_empty_strided.default"),
     )
 )
-# Operators of this package that run in place of calls with the same arguments, which exist for some of them alone.
+# Operators of this package that run in place of calls with the same arguments, which exist for some of them alone, or
+# copy memory that is not theirs.
 _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
+    **{f"aten.{name}.default": f"torch_rtx.{name}.default" for name in scatters.VIEWS},
     "_c10d_functional.all_reduce_.default": "torch_rtx.all_reduce_.default",
 }
 _DECLARED = (
