@@ -88,6 +88,7 @@ _STAND_INS = {
     **{f"aten.{name}.default": f"torch_rtx.{name}.default" for name in scatters.VIEWS},
     "_c10d_functional.all_reduce_.default": "torch_rtx.all_reduce_.default",
 }
+_IN_PLACE_OF = {own: name for name, own in _STAND_INS.items()}
 _DECLARED = (
     attention_gradients,
     detection,
@@ -138,6 +139,13 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
     except AttributeError:
         hint = "import the library that registers it first" if namespace != "aten" else f"torch is {torch.__version__}"
         raise InvalidIR(f"op {name} does not exist in this process", hint=hint) from None
+
+
+def of_pytorch(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The operator in whose place one of this package runs; others as they are."""
+    namespace, _, rest = _IN_PLACE_OF.get(str(op), "aten.").partition(".")
+    name, _, overload_name = rest.rpartition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload_name) if name else op
 
 
 def exists(name: str) -> bool:

@@ -28,7 +28,7 @@ def decomposition(overload: torch._ops.OpOverload) -> Callable[..., Any] | None:
         return overload.decompose
     if overload.namespace == "prims":
         return overload.impl_aten  # type: ignore[attr-defined]
-    return TABLE.get(overload)
+    return TABLE.get(aten.of_pytorch(overload))
 
 
 def recorded(
