@@ -43,6 +43,5 @@ VIEWS = {
     "select_scatter": aten.select.int,
     "diagonal_scatter": aten.diagonal.default,
 }
-NAMES = tuple(VIEWS)
 for _name, _view in VIEWS.items():
     _declare(_name, _view)
