@@ -44,7 +44,7 @@ def _of_an_input(x: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor], Any]] = {
     "all_reduce of a transpose": lambda x: funcol.all_reduce(x.exp().t(), "sum", dist.group.WORLD),
     "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", dist.group.WORLD)[1] + 1,
-    "all_gather": lambda x: funcol.all_gather_tensor(x.t(), 0, dist.group.WORLD) * 2,
+    "all_gather": lambda x: funcol.all_gather_tensor(x.t().contiguous(), 0, dist.group.WORLD) * 2,
     "all_gather_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x + 1], dist.group.WORLD)[1].cos(),
     "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.exp(), "sum", 0, dist.group.WORLD).relu(),
     "reduce_scatter_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced(

@@ -52,7 +52,7 @@ class Model(nn.Module):
 def batches() -> list[Tensor]:
     """What each rank computes with, the second one with more."""
     return [
-        torch.randn(4 + rank, WIDTH, generator=torch.Generator().manual_seed(rank))
+        torch.randn(4 + rank, WIDTH, generator=torch.Generator().manual_seed(rank)).to(device())
         for rank in range(dist.get_world_size())
     ]
 

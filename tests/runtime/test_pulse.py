@@ -38,6 +38,16 @@ def test_a_rank_that_goes() -> None:
         assert (first.gone, ended.is_set()) == ("rank 1", stuck)
 
 
+def test_a_rank_that_goes_at_once() -> None:
+    """Before its thread has counted: it is missed by who meets it."""
+    store = torch.distributed.HashStore()
+    second, _ = started(store, 1, 0)
+    second.stopped.set()
+    first, ended = started(store, 0, 1)
+    first.join(20)
+    assert (first.gone, ended.is_set()) == ("rank 1", True)
+
+
 def test_a_rank_that_was_never_there() -> None:
     first, ended = started(torch.distributed.HashStore(), 0, 1)
     time.sleep(2 * TIMEOUT_S)

@@ -9,6 +9,7 @@ calls raise a RanksError from then on; a process whose GPU does not come to an e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -56,6 +57,12 @@ class Pulse(threading.Thread):
         self._is_stuck, self._end = is_stuck, end
         self.gone: str | None = None
         self.stopped = threading.Event()
+
+    def start(self) -> None:
+        """Count once before anything else: whoever meets this rank after it sees the rank go."""
+        with contextlib.suppress(RuntimeError):  # the thread finds out what the store has
+            self._store.add(f"pulse {self._rank}", 1)
+        super().start()
 
     def run(self) -> None:
         """Beat and watch, until something is gone."""

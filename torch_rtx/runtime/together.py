@@ -84,6 +84,7 @@ def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FI
     """Compare with the other ranks of the group, and choose how they add up, if none of its graphs has run here.
     Returns what sees them go."""
     group = resolved(name)
+    pulse = watch(group, device)  # before the meeting: a rank that was there is missed from then on
     with _LOCKS[name]:
         met = _MET.get(name)
         if met is None or met.group is not group:
@@ -97,7 +98,7 @@ def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FI
                     choose(name, group, device, key)
     if met.problem is not None:
         raise RanksError(met.problem, hint="each rank has to make the same calls in the same order")
-    return watch(group, device)
+    return pulse
 
 
 def _difference(calls: list[str], said: list[str | None], here: int, name: str) -> str | None:
