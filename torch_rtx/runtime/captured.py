@@ -162,7 +162,8 @@ class Captured:
             given.enter()
             results = spec.run(code, given.tensors, store.values, stand_ins.empty, *places)
             made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block, own)
-        use_programmatic_edges(driver(), self.graph, code.tactics)
+        for made_of in (driver().CUgraph(self.graph.raw_cuda_graph()), *self._recording.bodies):
+            use_programmatic_edges(driver(), made_of, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, graph, code.tactics)
         slots = {**given.slots(nodes), **made.slots(nodes)}

@@ -56,10 +56,12 @@ class Recording:
     Attributes:
         pools: what must live as long as the graph.
         inside: a body is being recorded, and allocates in the last of them.
+        bodies: the graphs of the conditional nodes.
     """
 
     pools: list[Any] = field(default_factory=list)
     inside: bool = False
+    bodies: list[Any] = field(default_factory=list)
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -167,11 +169,12 @@ def _record(kind: str, truth: torch.Tensor, negated: bool, body: Callable[[], No
     node = checked(newest(cuda, "cuGraphAddNode")(graph, before, edges, len(before), params))
     replaces = cuda.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
     checked(newest(cuda, "cuStreamUpdateCaptureDependencies")(stream, [node], None, 1, replaces))
+    recorded = params.conditional.phGraph_out[0]
     with relaxed():  # a branch that has not run yet may load code
         inner = new_stream(truth.device)
         stream = cuda.CUstream(inner.cuda_stream)
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        checked(cuda.cuStreamBeginCaptureToGraph(stream, params.conditional.phGraph_out[0], None, None, 0, mode))
+        checked(cuda.cuStreamBeginCaptureToGraph(stream, recorded, None, None, 0, mode))
         try:
             with torch.cuda.stream(inner):
                 body()
@@ -180,6 +183,9 @@ def _record(kind: str, truth: torch.Tensor, negated: bool, body: Callable[[], No
         finally:
             ended = cuda.cuStreamEndCapture(stream)
         checked(ended)
+    now = _RECORDING.get()
+    assert now is not None
+    now.bodies.append(recorded)
 
 
 def _captured(cuda: Any, stream: Any) -> tuple[Any, list[Any]]:

@@ -22,7 +22,7 @@ _OLDEST = 12_030  # first version of CUDA with edge data
 _PROGRAMMATIC_PORT = 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC: all blocks have triggered or ended
 
 
-def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> int:
+def use_programmatic_edges(cuda: Any, graph: Any, tactics: Mapping[str, LoadedTactic]) -> int:
     """Make edges of a captured graph programmatic, before it is instantiated; returns how many.
 
     Args:
@@ -35,8 +35,7 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapp
     users = {function for launcher in launched(tactics).values() for function in launcher.pdl_functions}
     if not users or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
         return 0
-    raw, kinds = cuda.CUgraph(graph.raw_cuda_graph()), cuda.CUgraphNodeType
-    edges = _edges(cuda, raw)
+    kinds, edges = cuda.CUgraphNodeType, _edges(cuda, graph)
 
     def function(node: Any) -> int | None:
         """The function handle of a kernel node; None for other nodes."""
@@ -46,7 +45,7 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapp
 
     before, after = (Counter(int(edge[side]) for edge in edges) for side in (1, 0))
     return sum(
-        _make_programmatic(cuda, raw, one, other)
+        _make_programmatic(cuda, graph, one, other)
         for one, other in edges
         if before[int(other)] == after[int(one)] == 1  # not where streams fork or join
         and function(other) in users
