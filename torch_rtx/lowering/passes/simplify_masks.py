@@ -24,6 +24,16 @@ CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 def simplify_masks(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
     constants, positions, escapes = Constants(graph), Positions(graph), escaping(graph)
+    made: dict[tuple[str, str], Value] = {}  # by mask and condition, the mask of this condition alone
+
+    def of(condition: Value, mask: Value, rewriter: Rewriter) -> Value:
+        key = mask.name, condition.name
+        if key not in made:
+            where = _where(mask, constants)
+            assert where is not None
+            numbers = {name: rewriter.current(where.arg(name)) for name in ("self", "other")}  # type: ignore[arg-type]  # `_condition` found them
+            made[key] = rewriter.emit(where.op, where.loc, condition=rewriter.current(condition), **numbers)
+        return made[key]
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op == "aten.index.Tensor":
@@ -38,7 +48,7 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
         needed, op = _needed(condition, constants, positions), node.op
         causal = needed is not None and op == SDPA and _is_causal(needed, _scores(node), constants, positions)
         if needed is not None and not causal and not exact:
-            needed = mask
+            needed = mask if needed is condition else of(needed, mask, rewriter)
         args: dict[str, Attr] = dict(node.args)
         if needed is None:
             del args["attn_mask"]
@@ -70,10 +80,8 @@ def _condition(mask: Value, constants: Constants) -> tuple[Value, bool]:
     """The condition of a mask that adds 0 where it holds and else minus infinity; another mask as it is. And whether
     the condition hides what the mask hides also in rows without a visible key, where the minimum of a dtype does not.
     """
-    node = constants.producer.get(mask.name)
-    while node is not None and node.op == "aten.expand.default" and isinstance(source := node.arg("self"), Value):
-        node = constants.producer.get(source.name)
-    if node is None or node.op != "aten.where.self":
+    node = _where(mask, constants)
+    if node is None:
         return mask, True
     condition, *numbers = (node.arg(name) for name in ("condition", "self", "other"))
     zero, hidden = map(constants.find, numbers)
@@ -84,6 +92,14 @@ def _condition(mask: Value, constants: Constants) -> tuple[Value, bool]:
     if len(condition.type.shape) < 2:
         return mask, True
     return condition, bool((hidden == -torch.inf).all())
+
+
+def _where(mask: Value, constants: Constants) -> Node | None:
+    """The choice that makes a mask, which may be expanded."""
+    node = constants.producer.get(mask.name)
+    while node is not None and node.op == "aten.expand.default" and isinstance(source := node.arg("self"), Value):
+        node = constants.producer.get(source.name)
+    return node if node is not None and node.op == "aten.where.self" else None
 
 
 def _needed(mask: Value, constants: Constants, positions: Positions) -> Value | None:
