@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-
 from torch_rtx.runtime.driver import checked, newest
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import LoadedTactic
