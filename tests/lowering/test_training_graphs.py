@@ -66,6 +66,7 @@ def recorded() -> Iterator[list[Graph]]:
 
     patch.setattr(entry, "get_or_build", kept)
     patch.setattr(compiler, "formed_for", lambda *_: PORTABLE)
+    patch.setattr(entry, "formed_for", lambda *_: PORTABLE)
     yield graphs
     patch.undo()
 

@@ -42,6 +42,7 @@ from torch_rtx.backend.known_values import fixed_numbers, known_values
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
+from torch_rtx.backend.saved_images import saving_channels_last
 from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.sharded import export_divided, is_divided
 from torch_rtx.backend.training import saving_old_values
@@ -171,6 +172,7 @@ def capture(
     forward: GraphCompiler,
     backward: GraphCompiler,
     logits_bytes: float = math.inf,
+    has_kernels: bool = False,
 ) -> Callable[..., Any]:
     """Turn a Dynamo graph into one functional ATen graph for `inference`, or, if one of its results needs a gradient,
     into a forward and a backward graph; return the callable for Dynamo.
@@ -178,9 +180,11 @@ def capture(
     Placeholders of an inference graph have the order of `example_inputs`. A mutated input appears as a trailing
     `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph. In training
     the first backward may be what calls `backward`; `rematerialization` decides which tensors are saved for it.
-    Products of more than `logits_bytes` exist by chunks of rows where only a loss reads them (`row_chunks`).
+    Products of more than `logits_bytes` exist by chunks of rows where only a loss reads them (`row_chunks`). Images are
+    saved channels-last (`saved_images`) if there are kernels for the device.
     """
-    partitioner = Tolerating(saving_old_values(rewriting(partition, logits_bytes)))
+    parts = rewriting(partition, logits_bytes)
+    partitioner = Tolerating(saving_old_values(saving_channels_last(parts) if has_kernels else parts))
     backend = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx import platforms
 from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
-from torch_rtx.backend.compiler import check_settings
+from torch_rtx.backend.compiler import check_settings, formed_for
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
@@ -29,6 +29,7 @@ from torch_rtx.engine import calls
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
+from torch_rtx.lowering.symbols import main_device
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.subclasses import any_overrides, names_of, without_overrides
@@ -128,9 +129,10 @@ def _capture(
 ) -> Callable[..., Any]:
     from torch_rtx.backend.capture import capture  # with what decomposes and rewrites graphs: a warm start needs none
 
+    has_kernels = bool(formed_for(compilation, main_device(example_inputs)))
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes)
+        return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes, has_kernels)
 
 
 def _from_cache(

@@ -47,6 +47,7 @@ from torch_rtx.op_work import INT_CONV
 
 CAST, CONV1D = "aten._to_copy.default", "aten.conv1d.default"
 CONVOLUTION_OF_RANK = {2: "aten.conv2d.default", 3: "aten.conv3d.default"}
+GRADIENTS = "aten.convolution_backward.default"
 NAMED_PADDING = frozenset(f"aten.conv{rank}d.padding" for rank in (1, 2, 3))  # "same" or "valid"
 CONVOLUTIONS = frozenset((*CONVOLUTION_OF_RANK.values(), "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
 FORMATS = ("contiguous_format", "channels_last", "channels_last_3d")
@@ -57,7 +58,7 @@ FEW = 12  # channels; padding to VECTOR gains nothing from here on, since loads 
 
 def channels_last(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Changes strides, but not those of the graph's results."""
-    if not any(node.op in CONVOLUTIONS | TRANSPOSED and node.kind == "op" for node in graph.nodes):
+    if not any(node.op in {*CONVOLUTIONS, *TRANSPOSED, GRADIENTS} and node.kind == "op" for node in graph.nodes):
         return graph
     writer = _Writer(graph, infer)
     for node in graph.nodes:
@@ -80,10 +81,7 @@ class _Writer(Rewriter):
 
     def visit(self, node: Node) -> None:
         """Add `node` in the new layout if possible, else with its inputs in the captured layout."""
-        if node.kind == "op" and is_transposed(node):
-            if self._transposed(node):
-                return
-        elif node.kind == "op" and node.op in CONVOLUTIONS and self._convolution(node):
+        if node.kind == "op" and self._rebuilt(node):
             return
         changed = any(self.current(value) != value for value in node.inputs)
         free = node.kind == "op" and node.op != COPY and node.op not in aten.STRIDED
@@ -99,6 +97,43 @@ class _Writer(Rewriter):
             for old, new in zip(node.outputs, self.nodes[-1].outputs, strict=True):
                 if old is not None and new is not None and self._loses_layout(new, self.nodes[-1]):
                     self.replace(old, self._to_channels_last(new))
+
+    def _rebuilt(self, node: Node) -> bool:
+        """Add what takes the place of a call that the layout is for, or of a copy; False: nothing does."""
+        if is_transposed(node):
+            return self._transposed(node)
+        if node.op in CONVOLUTIONS:
+            return self._convolution(node)
+        return self._gradients(node) if node.op == GRADIENTS else self._is_there(node)
+
+    def _is_there(self, node: Node) -> bool:
+        """A copy in another layout is what is computed in this layout already; nothing writes to memory."""
+        if node.op != "aten.clone.default" or self.graph.written:
+            return False
+        (image,), (copy,) = node.inputs, node.results
+        given = self.current(image)
+        assert isinstance(given, Value)
+        found = next((one for one in (given, self._twins.get(given.name)) if one and one.type == copy.type), None)
+        if found is None or given == image:
+            return False
+        self.replace(copy, found)
+        return True
+
+    def _gradients(self, node: Node) -> bool:
+        """The gradients of a convolution, of channels-last images and weight; libraries return them in this layout."""
+        if any(len(type_of(one).shape) - 2 not in CONVOLUTION_OF_RANK for one in node.inputs):
+            return False
+        args = tuple(
+            (key, self._to_channels_last(attr) if isinstance(attr, Value) else attr) for key, attr in node.args
+        )
+        outputs = tuple(
+            replace(one, type=replace(type_of(one), strides=strides_of(type_of(one).shape)))
+            if one is not None and len(type_of(one).shape) > 1
+            else one
+            for one in node.outputs
+        )
+        self._add(node, args, outputs)
+        return True
 
     def _note_widening(self, node: Node) -> None:
         """Remember a call that casts a tensor to a dtype of more bits, and does nothing else."""
