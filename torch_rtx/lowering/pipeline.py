@@ -49,6 +49,7 @@ from torch_rtx.lowering.passes.raise_products import raise_products
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.reduce_in_place import reduce_in_place
+from torch_rtx.lowering.passes.results_for_writes import results_for_writes
 from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -192,6 +193,7 @@ PIPELINE = (
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
+    Pass(results_for_writes, needs=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),
     Pass(form_launches, needs=("targets",)),
     Pass(place_waits),

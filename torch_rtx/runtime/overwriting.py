@@ -11,10 +11,28 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
-from torch_rtx.ir import COPY, Graph, Node, TensorType, Value, attr_values, has_parts
+from torch_rtx.ir import COPY, Dim, Graph, Node, TensorType, Value, attr_values, has_parts
 
 COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "copy"))
 SIZES = frozenset(f"aten.{name}_like.default" for name in ("full", "zeros", "ones"))  # calls that need no contents
+# Views, each element of which is in the same place, unless it repeats: dimensions of size 1 come and go.
+RESHAPES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("view.default", "_unsafe_view.default", "reshape.default", "expand.default", "alias.default"),
+        *("unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims"),
+    )
+)
+# Calls that make an element of no other or of one at any place of an operand: a loop over elements has these, too.
+CHOICES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("arange.default", "arange.start", "arange.start_step", "full.default", "scalar_tensor.default"),
+        *("cat.default", "stack.default", "split.Tensor", "split_with_sizes.default", "unsafe_split.Tensor"),
+        *("gather.default", "index.Tensor", "index_select.default", "embedding.default"),
+        *("constant_pad_nd.default", "flip.default", "roll.default", "repeat.default"),
+    )
+)
 
 
 def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, Value]:
@@ -75,19 +93,30 @@ def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
 
     In a loop over rows several threads load what a row has once, and one of them stores it.
     """
-    assert isinstance(source.type, TensorType)
-    moved = {source.name}
+    moved, place = {source.name}, _place(source)
     for node in body.nodes:
         if node.op in SIZES:
             continue
-        reads = not moved.isdisjoint(value.name for value in node.inputs)
-        is_view = not reads and node.kind == "op" and aten.is_view(aten.overload(node.op))
-        if node.kind != "op" or not (is_view or _is_elementwise(node.op)):
+        if node.kind != "op" or moved.isdisjoint(value.name for value in node.inputs):
+            if node.kind != "op" or not (_is_elementwise(node.op) or node.op in CHOICES or _is_view(node.op)):
+                return False
+            continue
+        if not (_is_elementwise(node.op) or node.op in RESHAPES):
             return False
-        if reads and any(value.type.shape != source.type.shape for value in node.results):  # type: ignore[union-attr]
+        if any(_place(value) != place for value in node.results):
             return False
-        moved.update(value.name for value in node.results if reads)
+        moved.update(value.name for value in node.results)
     return result.name in moved
+
+
+def _place(value: Value) -> tuple[Dim, ...]:
+    """The sizes of a tensor but those of 1, which say nothing about where an element is."""
+    assert isinstance(value.type, TensorType)
+    return tuple(size for size in value.type.shape if size != 1)
+
+
+def _is_view(op: str) -> bool:
+    return aten.is_view(aten.overload(op))
 
 
 def _is_elementwise(op: str) -> bool:
