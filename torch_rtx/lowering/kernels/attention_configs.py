@@ -30,6 +30,7 @@ class AttentionConfig:
     Attributes:
         min_first: fewest columns of the first of two pieces of a head, see `head_pieces`.
         input_precision: of operands in f32, see `float32_dots`.
+        overlaps: products start before what others of the same step wait for, which takes more registers.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class AttentionConfig:
     num_stages: int
     min_first: int = 64
     input_precision: str = IEEE
+    overlaps: bool = False
 
 
 def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:

@@ -11,7 +11,7 @@ from torch_rtx.lowering.kernels.attention import Attention, attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
 from torch_rtx.lowering.kernels.attention_forward import ForwardWriter, forward_kernel
 from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
-from torch_rtx.lowering.kernels.attention_tiles import LOG2E
+from torch_rtx.lowering.kernels.attention_tiles import LOG2E, NEAR
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import constant, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -54,6 +54,8 @@ def flex_kernel(region: Region, name: str, config: AttentionConfig) -> Kernel:
 class _FlexWriter(ForwardWriter):
     """The lines of one kernel."""
 
+    near = NEAR
+
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
         assert attn.modified is not None
@@ -88,7 +90,7 @@ class _FlexWriter(ForwardWriter):
         place = self.lead[:2] if attn.packed == 1 else (*self.group[:-1], ZERO)
         for lists in self.modified.lists:
             sizes = self.modified.size[1], self.config.keys, attn.keys
-            walk = Walk(lists, place, variable("part"), *sizes, self.shares)
+            walk = Walk((lists,), place, variable("part"), *sizes, self.shares)
             lines += walk.lines(self.block(masked=True))
             self.mask = None
         self.mask = attn.mask

@@ -19,11 +19,11 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, Value, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention, attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, precisions_of
-from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
+from torch_rtx.lowering.kernels.attention_modified import MASKED, Modified, Walk
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
-from torch_rtx.lowering.kernels.attention_tiles import LOG2E, Tiles, anchors_of
-from torch_rtx.lowering.kernels.emit import Axes, Operand, indent
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, unravel, variable
+from torch_rtx.lowering.kernels.attention_tiles import LOG2E, NEAR, Tiles, anchors_of, in_order
+from torch_rtx.lowering.kernels.emit import Axes, Operand, Scope, indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Gather, Load, Position, Tensor, View
 from torch_rtx.lowering.kernels.region import Region
@@ -33,29 +33,47 @@ from torch_rtx.targets import Arch
 
 STEP = "step"  # the loop over tiles
 MAX_REGISTERS = 232  # of a thread, for the tiles that are held at once
+REGISTERS = 65536  # of a multiprocessor
 
 
 def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
-    """Configurations that fit `arch`, the fastest first."""
+    """Configurations that fit `arch`, the fastest first.
+
+    Of two stages a load begins right before it is waited for, so that only other programs of a multiprocessor hide it.
+    A tile has three where as many programs are resident with them.
+    """
     attn = attention_of(region)
     of_query = attn.op != FLEX_GRAD_KEY_VALUE
     found = [one for one in _candidates(attn, of_query, arch) if _fits(attn, one, of_query, arch)]
     if not found:
         raise Unsupported(f"gradients of heads of {attn.width} elements on sm_{arch.sm}")
-    return found
+
+    def exposed(config: AttentionConfig) -> tuple[int, int]:
+        programs = REGISTERS // (config.num_warps * 32 * MAX_REGISTERS)
+        return -min(programs, arch.shared // _shared(attn, config, of_query, arch)), -config.num_stages
+
+    tiles = dict[AttentionConfig, AttentionConfig]()  # with their number of stages, by what they are without
+    for one in found:
+        tile = replace(one, num_stages=1)
+        if one.num_stages > 1 and (tile not in tiles or exposed(one) < exposed(tiles[tile])):
+            tiles[tile] = one
+    return list(dict.fromkeys((*tiles.values(), *found)))
 
 
 def _candidates(attn: Attention, of_query: bool, arch: Arch) -> list[AttentionConfig]:
+    is_wide, hopper = max(attn.width, attn.value_width) > 64, "wgmma" in arch.features
     if attn.dtype == "f32":
         shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
-    elif max(attn.width, attn.value_width) <= 64:
+    elif not is_wide:
         shapes = [(128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8), (64, 32, 4), (32, 32, 4)]
     else:
         shapes = [(128, 64, 8), (64, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
     # The first number is that of what a program holds, the second that of what it goes over.
     ordered = [(held, other, warps) if of_query else (other, held, warps) for held, other, warps in shapes]
     stages = (2, 3, 1) if "cp_async" in arch.features else (1,)
-    found = [AttentionConfig(*shape, count) for count in stages for shape in ordered]
+    # Narrow heads have several programs per multiprocessor, which overlap with each other and share its registers.
+    overlaps = hopper and is_wide
+    found = [AttentionConfig(*shape, count, overlaps=overlaps) for count in stages for shape in ordered]
     return [replace(config, input_precision=one) for one in precisions_of(attn, arch) for config in found]
 
 
@@ -65,10 +83,19 @@ def _fits(attn: Attention, config: AttentionConfig, of_query: bool, arch: Arch) 
         return False
     held, other = (config.rows, config.keys) if of_query else (config.keys, config.rows)
     width, values = (padded_width(one, config.min_first) for one in (attn.width, attn.value_width))
-    shared = (held + config.num_stages * other) * (width + values) + held * other
     sums = held * (width if of_query else width + values) + 3 * held * other
     fits = sums // (32 * config.num_warps) <= MAX_REGISTERS
-    return fits and shared * DTYPES[attn.dtype].bytes <= arch.shared
+    return fits and _shared(attn, config, of_query, arch) <= arch.shared
+
+
+def _shared(attn: Attention, config: AttentionConfig, of_query: bool, arch: Arch) -> int:
+    """About the shared memory of a program, in bytes."""
+    # Asynchronous products still read a tile while the load of the last one begins.
+    buffers = config.num_stages if "wgmma" in arch.features else max(1, config.num_stages - 1)
+    held, other = (config.rows, config.keys) if of_query else (config.keys, config.rows)
+    width, values = (padded_width(one, config.min_first) for one in (attn.width, attn.value_width))
+    elements = (held + buffers * other) * (width + values) + held * other
+    return elements * DTYPES[attn.dtype].bytes
 
 
 def _sizes(modified: Modified, config: AttentionConfig) -> tuple[int, int]:
@@ -102,6 +129,7 @@ class _Writer(Tiles):
     """
 
     of_keys = "N"
+    near: int | None = NEAR
 
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
@@ -123,10 +151,8 @@ class _Writer(Tiles):
     def begin(self, groups: Position, last_first: bool) -> list[str]:
         """The lines that find what a program holds, from `first` on."""
         sizes = tuple(map(from_dim, self.attn.lead if len(groups) == 0 else self.attn.groups))
-        count = from_dim(self.count)
-        program = variable("program", product((count, *sizes)))
-        block, group = program // product(sizes), program % product(sizes)
-        block = count - ONE - block if last_first else block
+        block, group = in_order(from_dim(self.count), sizes, self.near)
+        block = from_dim(self.count) - ONE - block if last_first else block
         place = unravel(group, sizes)
         lines = [f"program = tl.program_id(0){self.cast}"]
         size = self.config.rows if last_first else self.config.keys
@@ -152,19 +178,41 @@ class _Writer(Tiles):
             self.tile(rows, name, loop)
             self._line(f"{short}{name[1:]} = {self.operand(tensor, rows, name, lead, row)}")
 
+    @property
+    def merges(self) -> bool:
+        """One loop goes over the blocks of both lists: what it loads for the second is not waited for. A mask applies
+        in a branch, before products begin that run while weights are computed."""
+        modified, full = self.modified, self.is_full("M") and self.is_full(self.of_keys)
+        is_masked = self.attn.mask is not None and len(modified.lists) == 2
+        plain = modified.score is None and self.attn.scale > 0  # minus infinity stays that
+        return self.config.overlaps and is_masked and plain and full
+
+    def shift(self, axes: tuple[str, str]) -> None:
+        """The lines that load what is subtracted from the exponents of weights; `merges`: and hide scores."""
+        emitter = self.emitter
+        self.tile(*axes, STEP)
+        saved = emitter.value(self.logsumexp, self.mask_at[:-1]).text
+        # The statistic of a query that sees no key is minus infinity, and its weights are 0.
+        some = f'tl.where({saved} == float("-inf"), 0, {saved})'
+        self._line(f"shift = {saved if self.modified.score is None else some}")
+        if self.merges:
+            assert self.mask is not None
+            around = emitter.scope
+            emitter.scope = Scope(known=dict(around.known))
+            seen = self.full(self.mask)
+            hide = [f's = tl.where({seen}, s, float("-inf"))', f"shift = {some}"]
+            around.lines += [f"if {MASKED}:", *indent([*emitter.scope.lines, *hide])]
+            emitter.scope = around
+
     def weights(self, axes: tuple[str, str]) -> None:
         """The lines that make weights `p` of the products `s`."""
         attn, modified = self.attn, self.modified
         self.tile(*axes, STEP)
-        saved = self.mask_at[:-1]
         scaled = self.emitter.assign(f"s * {attn.scale!r}", frozenset((*axes, STEP)))
         self.emitter.anchored[modified.leaf, self.mask_at] = scaled
         score = "s" if modified.score is None else self.full(modified.score)
-        shift = self.emitter.value(self.logsumexp, saved).text
-        # The statistic of a query that sees no key is minus infinity, and its weights are 0.
-        shift = self.emitter.named(f'tl.where({shift} == float("-inf"), 0, {shift})', frozenset(("M", STEP))).text
-        self._line(f"p = tl.exp2({score} * {self.factor!r} - {shift})")
-        self.seen = self._seen()
+        self._line(f"p = tl.exp2({score} * {self.factor!r} - shift)")
+        self.seen = "" if self.merges else self._seen()
         if self.seen:
             self._line(f"p = tl.where({self.seen}, p, 0.0)")
 
@@ -200,8 +248,10 @@ class _Writer(Tiles):
         lines = list[str]()
         if not self.modified.lists:
             return [f"for start in range(0, {every}, {tile}):", *indent(self.step())]
+        if self.merges:
+            return Walk(self.modified.lists, lead, part, held, tile, every).lines(self.step())
         for lists in self.modified.lists:
-            lines += Walk(lists, lead, part, held, tile, every).lines(self.step())
+            lines += Walk((lists,), lead, part, held, tile, every).lines(self.step())
             self.mask = None
         self.mask = self.attn.mask
         return lines
@@ -262,6 +312,7 @@ class _QueryWriter(_Writer):
         lines += [*self.range("N", "[None, :]", "start"), *self.range("J", "[:, None]", "start")]
         self.load(attn.key, "K", "J", "D", self.lead, key, STEP)
         self.products("s", "Q", "K", "D")
+        self.shift(("M", "N"))
         self.weights(("M", "N"))
         self.load(attn.value, "V", "J", "E", self.lead, key, STEP)
         self.products("dp", "G", "V", "E")
@@ -409,10 +460,17 @@ class _KeyWriter(_Writer):
         lines += [*self.range("M", "[None, :]", "start"), *self.range("R", "[:, None]", "start")]
         self.load(attn.query, "Q", "R", "D", self.lead, row, STEP)
         self.products("s", "K", "Q", "D")
-        self.weights(("J", "M"))
-        self.load(attn.gradient, "G", "R", "E", self.lead, row, STEP)
-        self.add_products("dv", "p", "G", "E")
-        self.products("dp", "V", "G", "E")
+        self.shift(("J", "M"))
+        if self.config.overlaps:  # weights are computed while `dp` is, and `ds` while `dv` is
+            self.load(attn.gradient, "G", "R", "E", self.lead, row, STEP)
+            self.products("dp", "V", "G", "E")
+            self.weights(("J", "M"))
+            self.add_products("dv", "p", "G", "E")
+        else:
+            self.weights(("J", "M"))
+            self.load(attn.gradient, "G", "R", "E", self.lead, row, STEP)
+            self.add_products("dv", "p", "G", "E")
+            self.products("dp", "V", "G", "E")
         self.gradient(("J", "M"))
         self.add_products("dk", "ds", "Q", "D")
         return self.emitter.inner()

@@ -10,7 +10,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import dim_expr
 from torch_rtx.lowering.kernels.attention import Attention, attention_of, depends_on_row
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, row_multiple
-from torch_rtx.lowering.kernels.attention_tiles import LOG2E, LOWEST_F32, Tiles, anchors_of
+from torch_rtx.lowering.kernels.attention_tiles import LOG2E, LOWEST_F32, Tiles, anchors_of, in_order
 from torch_rtx.lowering.kernels.emit import Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import constant, from_dim, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -40,7 +40,13 @@ def forward_kernel(writer: ForwardWriter, name: str) -> Kernel:
 
 
 class ForwardWriter(Tiles):
-    """The lines of one attention kernel."""
+    """The lines of one attention kernel.
+
+    Attributes:
+        near: see `in_order`.
+    """
+
+    near: int | None = None
 
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
@@ -67,7 +73,8 @@ class ForwardWriter(Tiles):
         program = variable("program", product((count, *groups)))
         if self.starts_last:
             # Blocks of rows that see the most keys start first, so that the tail of the grid is short.
-            block, group = count - ONE - program // product(groups), program % product(groups)
+            block, group = in_order(count, groups, self.near)
+            block = count - ONE - block
         else:
             block, group = program % count, program // count
         lines.append(f"program = tl.program_id(0){self.cast}")

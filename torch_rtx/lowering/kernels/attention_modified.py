@@ -196,34 +196,37 @@ def _place(axis: int, shape: Shape) -> Tensor:
     return Iota(shape, "i32", lambda position: position[axis])
 
 
-def element(tensor: Tensor, position: Position) -> str:
-    """The text that loads one element, which may change in a loop.
+def address(tensor: Tensor, position: Position) -> str:
+    """The text of the address of one element, which may change in a loop.
 
     Raises:
-        Unsupported: it is computed.
+        Unsupported: the element is computed.
     """
     while isinstance(tensor, View):
         position, tensor = tensor.at(position), tensor.source
     if not isinstance(tensor, Load) or tensor.anchor:
         raise Unsupported("lists of blocks that a kernel computes")
-    return f"tl.load({tensor.name} + ({linear(position, tensor.strides)}))"
+    return f"{tensor.name} + ({linear(position, tensor.strides)})"
+
+
+MASKED = "step < masked"  # in a loop over two lists: the mask applies to the tile
 
 
 class Walk:
-    """A loop over the tiles of the blocks in a list.
+    """A loop over the tiles of the blocks in a list, or of those in one and then those in another.
 
     Args:
         place: batch and head.
-        part: the block whose list it is.
+        part: the block whose lists they are.
         size: elements of a block.
         tile: elements of a tile, a divisor of `size`.
         every: all elements; a block behind them, which no list should have, becomes the last one.
-        shares: a program goes over one of so many equal parts of the list, `share`; None: over all.
+        shares: a program goes over one of so many equal parts of the list, `share`; None: over all, as with two lists.
     """
 
     def __init__(
         self,
-        lists: Lists,
+        lists: Sequence[Lists],
         place: Position,
         part: Index,
         size: int,
@@ -231,24 +234,31 @@ class Walk:
         every: Index,
         shares: int | None = None,
     ) -> None:
-        if lists.indices.shape[-1] == ZERO:
+        if any(one.indices.shape[-1] == ZERO for one in lists):
             raise Unsupported("lists without places")
         self.lists, self.place = lists, (*place, part)
         self.size, self.tile, self.every, self.shares = size, tile, every, shares
 
     def lines(self, body: list[str]) -> list[str]:
         """The loop around the lines of a tile, which begins at `start`."""
-        per, places = self.size // self.tile, self.lists.indices.shape[-1]
+        per, places = self.size // self.tile, self.lists[0].indices.shape[-1]
         begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
         after = "step + 1" if per == 1 else f"(step + 1) // {per}"
-        lines = [f"count = tl.minimum({element(self.lists.count, self.place)}, {places})", "slot = 0"]
+        last = f"tl.minimum({after}, {places} - 1)"
+        counts = [
+            f"tl.minimum(tl.load({address(one.count, self.place)}), {one.indices.shape[-1]})" for one in self.lists
+        ]
+        lines = [f"count = {counts[0]}", "slot = 0"]
+        if len(counts) == 2:
+            lines += ["edge = count", f"masked = edge * {per}", f"count += {counts[1]}"]
+            last = after
         if self.shares is not None:
             lines.append(f"begin = count * share // {self.shares}")
             lines += [
                 f"count = count * (share + 1) // {self.shares} - begin",
                 f"slot = tl.minimum(begin, {places} - 1)",
             ]
-            after = f"begin + {after}"
+            last = f"tl.minimum(begin + {after}, {places} - 1)"
         return [
             *lines,
             f"block = {self._block('slot')}",
@@ -257,13 +267,17 @@ class Walk:
                 [
                     f"start = {begin}",
                     *body,
-                    f"later = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
+                    f"later = {last}",  # the next block is asked for before it is needed
                     f"block = {self._block('later')}",
                 ]
             ),
         ]
 
     def _block(self, slot: str) -> str:
+        first, *others = (one.indices for one in self.lists)
+        place = address(first, (*self.place, variable(slot)))
+        for second in others:
+            behind = variable(f"tl.minimum({slot} - edge, {second.shape[-1]} - 1)")
+            place = f"tl.where({slot} < edge, {place}, {address(second, (*self.place, behind))})"
         last = (self.every - ONE) // constant(self.size)
-        found = element(self.lists.indices, (*self.place, variable(slot)))
-        return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"
+        return f"tl.minimum(tl.maximum(tl.load({place}), 0), {last}) * {self.size}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import permutations
 
@@ -20,6 +21,25 @@ from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 LOWEST_F32 = -3.4028234663852886e38  # the least maximum: finite, so that the weights of rows without keys are 0
 LOG2E = math.log2(math.e)
+NEAR = 8  # groups whose programs start next to each other: what these read again is still in the L2 cache
+
+
+def in_order(count: Index, sizes: Position, near: int | None = None) -> tuple[Index, Index]:
+    """The block and the group of a program, where the first blocks of groups start first.
+
+    Args:
+        count: blocks of a group.
+        sizes: the groups.
+        near: of so many groups all blocks start before those of the next ones, or of as many as divide the groups
+            evenly; None: of all.
+    """
+    groups = product(sizes)
+    program = variable("program", product((count, *sizes)))
+    if near is not None:
+        known = math.prod(size.number or 1 for size in itertools.takewhile(lambda one: one.number, reversed(sizes)))
+        groups = constant(max(divisor for divisor in range(1, near + 1) if known % divisor == 0))
+    within = program % (count * groups)
+    return within // groups, program // (count * groups) * groups + within % groups
 
 
 class Tiles:
