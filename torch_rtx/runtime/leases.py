@@ -36,7 +36,7 @@ class Leases:
     def __init__(self) -> None:
         self._held: dict[int, Lease] = {}
 
-    def __contains__(self, index: int) -> bool:
+    def __contains__(self, index: object) -> bool:
         return index in self._held
 
     def find(self, index: int, key: Hashable, fresh: Tensor) -> Tensor | None:
