@@ -195,7 +195,7 @@ def test_a_store_of_equal_layers(layers: tuple[nn.Module, Graph], monkeypatch: p
 def test_batches_are_bounded(layers: tuple[nn.Module, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph = layers
     taken: dict[int, list[int]] = {}
-    for limit in (1, 1_000_000, 1 << 28):
+    for limit in (1, 500_000, 1 << 28):
         monkeypatch.setattr(recipes, "MAX_BYTES", limit)
         own = [index for index, one in enumerate(graph.weights) if one.recipe is not None and len(one.recipe.nodes) > 3]
         taken[limit] = [len(batch) for batch in Recipes(graph.weights, CPU).batches(own)]
@@ -203,7 +203,31 @@ def test_batches_are_bounded(layers: tuple[nn.Module, Graph], monkeypatch: pytes
         store.refit(tensors_of(model), strict=False)
         alone = [store._make(index, tensors_of(model)) for index in range(len(graph.weights))]
         assert all(map(same_bits, store.values, alone))
-    assert taken == {1: [1] * 4, 1_000_000: [2, 2], 1 << 28: [4]}
+    assert taken == {1: [1] * 4, 500_000: [2, 2], 1 << 28: [4]}
+
+
+def test_without_room_for_all_they_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = built("fp8_dynamic")
+    store = WeightStore(graph, CPU, {})
+
+    def fail(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(recipes, "_stacked", fail)
+    store.refit(tensors_of(model), strict=False)
+    assert all(map(same_bits, store.values, [store._make(i, tensors_of(model)) for i in range(len(graph.weights))]))
+
+
+def test_bytes_at_one_time() -> None:
+    """Inputs are free after their last use, views take nothing, and results stay."""
+    calls = """
+        h: f16[5, 7] = op aten._to_copy.default(self=w, dtype='f16')
+        t: f16[7, 5](1, 7) = op aten.t.default(self=h)
+        s: f32[7, 5](1, 7) = op aten._to_copy.default(self=t, dtype='f32')
+        n: f32[7, 5](1, 7) = op aten.mul.Tensor(self=s, other=t)"""
+    assert recipes.most_bytes(recipe(calls)) == 35 * (2 + 4 + 4)  # h, s and n
+    assert recipes.most_bytes(recipe(calls.rpartition("\n")[0])) == 35 * (4 + 2)  # w and h, then h and s
+    assert recipes.most_bytes(recipe("a: f32[5, 7] = op aten.abs.default(self=w)")) == 35 * (4 + 4)
 
 
 @pytest.mark.parametrize("layers", ["fp8_dynamic"], indirect=True)

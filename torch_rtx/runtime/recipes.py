@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES
-from torch_rtx.ir import Graph, TensorType, Weight
+from torch_rtx.ir import Graph, TensorType, Weight, attr_values
 from torch_rtx.runtime.batched_recipes import batched
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.joint_recipes import joint_recipes
 from torch_rtx.runtime.recipe_forms import form_of
 
-# Bytes of all values of the recipes that run together. What larger recipes do takes longer than to launch it.
+# Bytes of all values at one time while recipes run together. To launch what larger recipes do takes less than to do it.
 MAX_BYTES = 1 << 28
 Group = tuple[int, ...]  # weights, by index, that one recipe makes
 
@@ -29,11 +29,7 @@ class Form:
     """A recipe, and all others that differ in the names of values alone."""
 
     def __init__(self, recipe: Graph, device: torch.device) -> None:
-        self._recipe, self._device = recipe, device
-        views = aten.bases(recipe)
-        types = (v.type for v in recipe.values() if v.name not in views and isinstance(v.type, TensorType))
-        sizes = (aten.extent(t.shape, t.strides) * DTYPES[t.dtype].bytes for t in types)  # type: ignore[arg-type]
-        self._most = max(1, MAX_BYTES // max(1, sum(sizes)))
+        self._recipe, self._device, self._most = recipe, device, max(1, MAX_BYTES // max(1, most_bytes(recipe)))
 
     @cached_property
     def code(self) -> Code:
@@ -90,12 +86,9 @@ class Recipes:
             inputs: of each group, the tensors of its parameters.
         """
         form = self._form(batch[0])
-        if len(batch) == 1:
-            results: Iterable[Sequence[torch.Tensor]] = [form.code(inputs[0], ())]
-        else:
-            assert form.together is not None
-            stacked = Owned(map(_stacked, zip(*inputs, strict=True)))
-            results = zip(*(made.unbind() for made in form.together(stacked, ())), strict=True)
+        results = _together(form, inputs) if len(batch) > 1 else None
+        if results is None:
+            results = [form.code(own, ()) for own in inputs]
         return {i: one for group, made in zip(batch, results, strict=True) for i, one in zip(group, made, strict=True)}
 
     def _form(self, group: Group) -> Form:
@@ -107,6 +100,36 @@ class Recipes:
                 self._forms[key] = Form(recipe, self._device)
             self._known[group] = self._forms[key]
         return self._known[group]
+
+
+def _together(form: Form, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]] | None:
+    """The results of each recipe; None: there is no room for what all of them need at one time."""
+    assert form.together is not None
+    try:
+        stacked = Owned(map(_stacked, zip(*inputs, strict=True)))
+        return list(zip(*(made.unbind() for made in form.together(stacked, ())), strict=True))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def most_bytes(recipe: Graph) -> int:
+    """Bytes of all values at one time, inputs and results included, while a recipe runs."""
+    bases = aten.bases(recipe)
+    last = {value.name: len(recipe.nodes) for value in attr_values(recipe.outputs)}
+    last = {bases.get(name, name): end for name, end in last.items()}
+    for step, node in reversed(list(enumerate(recipe.nodes))):
+        for value in (*node.results, *node.inputs):
+            last.setdefault(bases.get(value.name, value.name), step)
+    made = [(-1, value) for value in recipe.inputs]
+    made += [(step, value) for step, node in enumerate(recipe.nodes) for value in node.results]
+    change = [0] * (len(recipe.nodes) + 2)  # of the bytes, at each step, the first of which takes the inputs
+    for step, value in made:
+        if value.name not in bases and isinstance(type_ := value.type, TensorType):
+            size = aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
+            change[step + 1] += size
+            if last.get(value.name, step) + 2 < len(change):
+                change[last.get(value.name, step) + 2] -= size
+    return max(accumulate(change))
 
 
 def _stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
-from torch_rtx.ir import Graph, Weight
+from torch_rtx.ir import Graph, TensorType, Type, Weight
 from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import undisturbed
 from torch_rtx.runtime.gate import Gate
@@ -95,7 +95,8 @@ class WeightStore:
         self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights, self._written = graph.weights, graph.written
-        self._types = {p.name: p.type for p in graph.parameters}
+        # By name: a parameter's device and strides.
+        self._places = {p.name: (_device(p.type, device), p.type.strides) for p in graph.parameters}
         self._data = self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
         if streamer is None:
             self._constants = {name: self._place(name, tensor) for name, tensor in self._data.items()}
@@ -570,16 +571,22 @@ class WeightStore:
     @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A copy of `value` in memory of its own, on the device of the weight."""
-        device = aten.to_torch("Device", self.weights[index].value.type.device, self.device)  # type: ignore[union-attr]
+        device = _device(self.weights[index].value.type, self.device)
         copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         overwrite(copied, value)
         return copied
 
     def _place(self, name: str, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """`tensor` with the strides of parameter `name`, on its device or on `device`; no copy unless necessary."""
-        type_ = self._types[name]
-        moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
-        return restride(moved if moved.stride() == type_.strides else aligned(moved), type_.strides)  # type: ignore[arg-type]
+        own, strides = self._places[name]
+        moved = tensor.detach().to(device or own)
+        return moved if moved.stride() == strides else restride(aligned(moved), strides)  # type: ignore[arg-type]
+
+
+def _device(type_: Type, main: torch.device) -> torch.device:
+    """The device of a parameter or weight."""
+    assert isinstance(type_, TensorType)
+    return aten.to_torch("Device", type_.device, main)
 
 
 def _memory(tensor: torch.Tensor) -> int:
