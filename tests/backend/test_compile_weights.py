@@ -44,17 +44,16 @@ CONV, QKV = {"conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.runni
 
 
 class Made(list):
-    """The parameters that each recipe run used, in order; identities are no recipes."""
+    """The parameters of each recipe that ran, in order."""
 
     def __init__(self, monkeypatch):
-        original = WeightStore._make
+        original = WeightStore._run
 
-        def make(store, index, *given, **named):
-            if store.weights[index].recipe is not None:
-                self.append(store.weights[index].names)
-            return original(store, index, *given, **named)
+        def run(store, batch, *given):
+            self.extend(store.weights[index].names for group in batch for index in group)
+            return original(store, batch, *given)
 
-        monkeypatch.setattr(WeightStore, "_make", make)
+        monkeypatch.setattr(WeightStore, "_run", run)
         monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
 
     def since(self):

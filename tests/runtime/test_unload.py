@@ -179,7 +179,7 @@ def test_a_load_that_fails_can_be_tried_again(file: Path, monkeypatch: pytest.Mo
         before = module(IMAGE)
         unloaded(module)
         with monkeypatch.context() as patch:
-            patch.setattr(WeightStore, "_make" if attached else "_copy", fail)
+            patch.setattr(WeightStore, "_run" if attached else "_copy", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 module.session.load_weights()
         with pytest.raises(RtxError, match="unloaded"):

@@ -5,42 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-
-import torch
+from operator import attrgetter
 
 from torch_rtx import aten
 from torch_rtx.ir import Attr, Graph, Node, Value, Weight, attr_map, attr_values
-from torch_rtx.runtime.code import Code, compile_graph
-
-
-class Recipes:
-    """The recipes of weights, and joint ones, as code. Each is compiled when it first runs: a refit and a store that is
-    attached run joint recipes, and single ones of the other weights alone; an engine that has its weights runs none."""
-
-    def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
-        self._weights, self._device = weights, device
-        self._code: dict[tuple[int, ...], Code] = {}
-
-    @cached_property
-    def _joint(self) -> dict[tuple[int, ...], Graph]:
-        return dict(joint_recipes(self._weights))
-
-    @cached_property
-    def _groups(self) -> dict[int, tuple[int, ...]]:
-        return {index: indices for indices in self._joint for index in indices}
-
-    def beside(self, index: int) -> tuple[int, ...]:
-        """The weights that the joint recipe of this one makes, it among them, by index; without one it alone."""
-        return self._groups.get(index, (index,))
-
-    def code(self, indices: tuple[int, ...]) -> Code:
-        """What makes these weights: one that has a recipe, or those of a joint recipe."""
-        if indices not in self._code:
-            recipe = self._joint[indices] if len(indices) > 1 else self._weights[indices[0]].recipe
-            assert recipe is not None
-            self._code[indices] = compile_graph(recipe, self._device, name="recipes" if len(indices) > 1 else "recipe")
-        return self._code[indices]
+from torch_rtx.runtime.recipe_forms import call_form
 
 
 def joint_recipes(weights: Sequence[Weight]) -> list[tuple[tuple[int, ...], Graph]]:
@@ -53,7 +22,7 @@ def joint_recipes(weights: Sequence[Weight]) -> list[tuple[tuple[int, ...], Grap
     groups = (tuple(indices) for indices in found.values() if len(indices) > 1)
     recipes = {index: weight.recipe for index, weight in enumerate(weights) if weight.recipe is not None}
     joint = ((group, _joined([recipes[index] for index in group])) for group in groups)
-    return [(group, recipe) for group, recipe in joint if _is_separate(recipe)]
+    return [(group, recipe) for group, recipe in joint if is_separate(recipe)]
 
 
 def _joined(recipes: Sequence[Graph]) -> Graph:
@@ -65,7 +34,8 @@ def _joined(recipes: Sequence[Graph]) -> Graph:
         for node in recipe.nodes:
             args = node.map_inputs(lambda value, now=now: now[value.name])  # type: ignore[misc]
             types = [None if value is None else value.type for value in node.outputs]
-            key = (node.op, args, tuple(types), None if _is_pure(node) else len(nodes))
+            found = call_form(replace(node, args=args), attrgetter("name"))
+            key = found, None if _is_pure(node) else len(nodes)
             if key not in known:
                 names = [f"joint{len(nodes)}_{place}" for place in range(len(types))]
                 made = [None if type_ is None else Value(n, type_) for n, type_ in zip(names, types, strict=True)]
@@ -76,7 +46,7 @@ def _joined(recipes: Sequence[Graph]) -> Graph:
     return replace(recipes[0], inputs=inputs, nodes=tuple(nodes), outputs=tuple(outputs))
 
 
-def _is_separate(recipe: Graph) -> bool:
+def is_separate(recipe: Graph) -> bool:
     """No result shares memory with a parameter or another result."""
     bases, taken = aten.bases(recipe), {value.name for value in recipe.inputs}
     for value in attr_values(recipe.outputs):

@@ -36,7 +36,7 @@ class Leases:
     def __init__(self) -> None:
         self._held: dict[int, Lease] = {}
 
-    def __contains__(self, index: int) -> bool:
+    def __contains__(self, index: object) -> bool:
         return index in self._held
 
     def find(self, index: int, key: Hashable, fresh: Tensor) -> Tensor | None:
@@ -67,13 +67,16 @@ class Leases:
 
     def alone(self, index: int) -> bool:
         """No other store uses the weight's memory."""
+        if index not in self._held:
+            return True
         with _LOCK:
-            return index not in self._held or len(self._held[index].holders) == 1
+            return len(self._held[index].holders) == 1
 
     def end(self, index: int) -> None:
         """The store uses other memory for the weight, or makes it in another way."""
-        with _LOCK:
-            self._end(index)
+        if index in self._held:
+            with _LOCK:
+                self._end(index)
 
     def _hold(self, index: int, lease: Lease) -> None:
         self._held[index] = lease

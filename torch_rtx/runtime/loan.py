@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from torch_rtx.errors import RtxError
-from torch_rtx.ir import Value, Weight, attr_map
+from torch_rtx.ir import Weight
+from torch_rtx.runtime.recipe_forms import form_of
 
 
 class Store(Protocol):
@@ -81,13 +82,5 @@ def _origin(weight: Weight) -> object:
 
 
 def made_by(weight: Weight) -> Hashable:
-    """Equal for weights that are made of their parameters the same way, whatever values on the way are called."""
-    if weight.recipe is None:
-        return weight.value.type
-    numbers = {value.name: str(number) for number, value in enumerate(weight.recipe.values())}
-
-    def numbered(value: Value) -> Value:
-        return Value(numbers[value.name], value.type)
-
-    calls = [(node.op, node.body, node.map_inputs(numbered), len(node.outputs)) for node in weight.recipe.nodes]
-    return weight.value.type, tuple(calls), attr_map(weight.recipe.outputs, numbered)
+    """Equal for weights that are made of their parameters the same way."""
+    return weight.value.type, None if weight.recipe is None else form_of(weight.recipe)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from torch_rtx import aten
 from torch_rtx.targets import ALIGNMENT
+
+# The dtypes of which one call copies many tensors on every device: as themselves, or as bytes.
+_TOGETHER = {dtype: torch.uint8 for dtype in aten.DTYPES.values() if dtype.itemsize == 1} | {
+    dtype: dtype
+    for dtype in (torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -86,8 +92,36 @@ def count_writes(tensors: Sequence[torch.Tensor]) -> None:
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
-    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    overwrite_all([target], [source])
+
+
+def overwrite_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """As `overwrite` for each. Those of one dtype and device that lie in memory alike are copied by one call, which on
+    CUDA is one launch for many of them."""
+    groups: dict[Hashable, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     with torch.no_grad():
-        target.copy_(source)
+        for target, source in zip(targets, sources, strict=True):
+            if target.dtype in _TOGETHER and target.stride() == source.stride() and _is_dense(target):
+                if target.dtype != (words := _TOGETHER[target.dtype]):
+                    target, source = target.view(words), source.view(words)
+                groups.setdefault((target.dtype, target.device, source.device), []).append((target, source))
+                continue
+            for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+                if stride == 0 and size > 1:
+                    target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+            target.copy_(source)
+        for pairs in groups.values():
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Each element has a place of its own, with none between them."""
+    return tensor.is_contiguous() or (
+        0 not in tensor.stride() and aten.extent(tensor.shape, tensor.stride()) == tensor.numel()
+    )
+
+
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it if its memory has more than its elements."""
+    size = aten.extent(tensor.shape, tensor.stride()) * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() <= size else copy_strided(tensor, tensor.stride())

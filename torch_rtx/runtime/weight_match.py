@@ -28,14 +28,14 @@ def match(
     found, missing, mismatched = [], [], {}
     for parameter in parameters:
         given = [name for name in (parameter.name, *parameter.aliases) if name in sources]
-        whole = outer_name(parameter.name)
-        if not given and whole != parameter.name and whole in sources:
-            mismatched[whole] = (
-                "is not quantized as in the engine: quantize it with the tool that the model was built with"
-            )
-            continue
         if not given:
-            missing.append(parameter.name)
+            whole = outer_name(parameter.name)
+            if whole != parameter.name and whole in sources:
+                mismatched[whole] = (
+                    "is not quantized as in the engine: quantize it with the tool that the model was built with"
+                )
+            else:
+                missing.append(parameter.name)
             continue
         tensor = sources[given[0]]
         problem = _problem(tensor, parameter.type)

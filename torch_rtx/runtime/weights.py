@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -26,15 +27,15 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
-from torch_rtx.ir import Graph, Weight
+from torch_rtx.ir import Graph, TensorType, Type, Weight
 from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import undisturbed
 from torch_rtx.runtime.gate import Gate
-from torch_rtx.runtime.joint_recipes import Recipes
 from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan, made_by
+from torch_rtx.runtime.recipes import Group, Recipes
 from torch_rtx.runtime.streaming import Streamer
-from torch_rtx.runtime.strided import overwrite, restride
+from torch_rtx.runtime.strided import compact, overwrite, overwrite_all, restride
 from torch_rtx.runtime.watch import Watch, captures, same_bits
 from torch_rtx.runtime.weight_match import check, match
 
@@ -49,7 +50,7 @@ _UNSEEN = (
     "they were written in few elements and without a version counter (`.data`, NumPy, another process); call "
     "refit_module_weights or attach after such writes"
 )
-Made = dict[int, torch.Tensor]  # by index: what joint recipes made of one set of sources, before it was asked for
+Made = dict[int, torch.Tensor]  # weights by index
 Check = tuple[Watch, int]  # a comparison that is under way, and the store's `writes` when it began
 
 
@@ -94,7 +95,8 @@ class WeightStore:
         self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights, self._written = graph.weights, graph.written
-        self._types = {p.name: p.type for p in graph.parameters}
+        # By name: a parameter's device and strides.
+        self._places = {p.name: (_device(p.type, device), p.type.strides) for p in graph.parameters}
         self._data = self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
         if streamer is None:
             self._constants = {name: self._place(name, tensor) for name, tensor in self._data.items()}
@@ -194,28 +196,30 @@ class WeightStore:
 
     def _attach(self, tensors: Sequence[torch.Tensor], shared: bool) -> None:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
-        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        storages = set(map(_memory, tensors))
         with self._lock:
-            leases, fresh = Leases(), Made()
-            made = {i: self._leased(i, sources, leases, fresh) for i, variable in enumerate(self._variable) if variable}
+            leases, values, own = Leases(), Made(), set[int]()
+            for made in self._batches(self._variable_indices(), sources):
+                own |= {i for i, value in made.items() if i in self._hosts or _memory(value) not in storages}
+                values |= {i: self._leased(i, value, i in own, sources, leases) for i, value in made.items()}
             self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
-                for index, value in made.items():
-                    own = index in self._hosts or value.untyped_storage().data_ptr() not in storages
-                    self._store(index, value, own and index not in self._loan.places, index in leases)
+                self._store(values, own - self._loan.places.keys(), leases)
+                for index in values:
                     key = self._lease_key(index, sources) if self._owned[index] and index not in leases else None
                     if key is not None:
                         leases.offer(index, key, self.values[index])
                 self.ready, self._unloaded, self._leases = True, None, leases
             self._follow()
 
-    def _leased(self, index: int, sources: Tensors, leases: Leases, made: Made) -> torch.Tensor:
-        """The weight computed from `sources`, in memory that another store has for it, if there is any."""
-        fresh, key = self._make(index, sources, made=made), self._lease_key(index, sources)
+    def _leased(self, index: int, fresh: torch.Tensor, own: bool, sources: Tensors, leases: Leases) -> torch.Tensor:
+        """The weight `fresh` in memory that another store has for it, if there is any, else in that of its own, if it
+        is no tensor of the caller."""
+        key = self._lease_key(index, sources)
         found = None if key is None else leases.find(index, key, fresh)
-        return fresh if found is None else found
+        return found if found is not None else compact(fresh) if own else fresh
 
     def _lease_key(self, index: int, sources: Tensors) -> Hashable | None:
         """See `Leases.find`; None: the weight's memory is for this store alone."""
@@ -333,10 +337,10 @@ class WeightStore:
             if not self._stale:
                 return  # another thread was faster
             with self._writing():
-                made = Made()
-                for index, weight in enumerate(self.weights):
-                    if self._owned[index] and not self._stale.isdisjoint(weight.names):
-                        overwrite(self.values[index], self._make(index, self._sources, made=made))
+                own = [weight for weight, owned in enumerate(self._owned) if owned]
+                stale = [index for index in own if not self._stale.isdisjoint(self.weights[index].names)]
+                for made in self._batches(stale, self._sources):
+                    overwrite_all([self.values[index] for index in made], list(made.values()))
             self._stale = set()  # after all recipes: if one fails, the next call runs it again
 
     def _audit(self, watch: Watch) -> None:
@@ -375,12 +379,9 @@ class WeightStore:
         """
         found = match(self.parameters, sources, self._unused if strict else None)
         given = dict(zip((p.name for p in self.parameters), found, strict=True))
-        made = Made()
-        fresh = {
-            index: self._make(index, given, self.streamer is not None, made)
-            for index, variable in enumerate(self._variable)
-            if variable
-        }
+        fresh = Made()
+        for made in self._batches(self._variable_indices(), given, self.streamer is not None):
+            fresh |= made
         self._replace(fresh)
 
     def adopt(self, values: Mapping[int, torch.Tensor]) -> None:
@@ -396,8 +397,7 @@ class WeightStore:
             copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in own.items()}
             self._allocate()
             with self._writing():
-                for index, value in copies.items():
-                    self._store(index, value, True)
+                self._store(copies, copies.keys())
                 self.ready, self._unloaded = True, None
             self._forget()
             self._borrow()
@@ -492,17 +492,22 @@ class WeightStore:
                 yield None
             else:
                 sources, values, _ = self._unloaded
-                made = {i: self._make(i, sources, host=True) for i, v in enumerate(self._variable) if v and sources}
-                yield {**dict(enumerate(self.values)), **values, **made}
+                found = {**dict(enumerate(self.values)), **values}
+                for made in self._batches(self._variable_indices() if sources else (), sources, host=True):
+                    found |= made
+                yield found
 
-    def _store(self, index: int, value: torch.Tensor, owned: bool, leased: bool = False) -> None:
-        """Set the weight's value; in place if the store owns both the old and the new storage, alone."""
-        if owned and self._owned[index] and not leased and self._leases.alone(index):
-            overwrite(self.values[index], value)
-        else:
-            self.values[index], self._owned[index] = value, owned
+    def _store(self, values: Made, owned: Collection[int], leased: Container[int] = ()) -> None:
+        """Set weights by index; in place where the store owns both the old and the new storage, alone."""
+        rest = dict(values)
+        places = [i for i in values if i in owned and self._owned[i] and i not in leased and self._leases.alone(i)]
+        overwrite_all([self.values[i] for i in places], [rest.pop(i) for i in places])
+        for index, value in rest.items():
+            own = index in owned
+            self.values[index], self._owned[index] = compact(value) if own and index not in leased else value, own
             self.generation += 1
-        self._leases.end(index)
+        for index in values:
+            self._leases.end(index)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -511,49 +516,81 @@ class WeightStore:
             self.writes += 1
             yield
 
-    @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
-    def _make(self, index: int, sources: Tensors, host: bool = False, made: Made | None = None) -> torch.Tensor:
-        """The weight computed from `sources`; shares their memory where its recipe allows.
+    def _variable_indices(self) -> list[int]:
+        return [index for index, variable in enumerate(self._variable) if variable]
+
+    def _batches(self, indices: Iterable[int], sources: Tensors, host: bool = False) -> Iterator[Made]:
+        """The weights computed from `sources`, some at a time: those whose recipes run together. They share memory of
+        `sources` where a recipe allows, and those of a batch may share that of the batch.
 
         Args:
-            host: return it in host memory, as for a streamed weight.
-            made: of the same sources, what joint recipes made beside other weights.
+            host: return them in host memory, as streamed weights.
         """
-        if index in self._loan.places:
-            return self._loan.value(index)
-        if made is not None and index in made:
-            return _in_host_memory(made.pop(index)) if host or index in self._hosts else made.pop(index)
-        weight = self.weights[index]
-        host = host or index in self._hosts
-        given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
-        if weight.recipe is None:
-            return self._place(weight.names[0], given[0], _HOST if host else None)
-        inputs = [aligned(self._place(name, tensor)) for name, tensor in zip(weight.names, given, strict=True)]
+        wanted = set(indices)
+        plain = {i for i in wanted if i in self._loan.places or self.weights[i].recipe is None}
+        yield self._given(plain, sources, host)
+        for batch in self._recipes.batches(sorted(wanted - plain)):
+            made = self._run(batch, sources, host)
+            yield {index: value for index, value in made.items() if index in wanted}
+
+    def _make(self, index: int, sources: Tensors) -> torch.Tensor:
+        """The weight computed from `sources`, alone; it shares their memory where its recipe allows."""
+        if index in self._loan.places or self.weights[index].recipe is None:
+            return self._given([index], sources)[index]
+        return self._run([(index,)], sources)[index]
+
+    @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
+    def _given(self, indices: Iterable[int], sources: Tensors, host: bool = False) -> Made:
+        """Weights that are borrowed, or parameters themselves."""
+        made = Made()
+        for index in indices:
+            if index in self._loan.places:
+                made[index] = self._loan.value(index)
+                continue
+            (name,) = self.weights[index].names
+            tensor = self._constants[name] if name in self._constants else sources[name]
+            made[index] = self._place(name, tensor, _HOST if host or index in self._hosts else None)
+        return made
+
+    @torch.inference_mode(False)
+    def _run(self, batch: Sequence[Group], sources: Tensors, host: bool = False) -> Made:
+        """What a batch of recipes makes."""
+        names = [self.weights[index].names for index, *_ in batch]
         with undisturbed(self.device):
             try:
-                indices = (index,) if made is None else self._recipes.beside(index)
-                results = dict(zip(indices, self._recipes.code(indices)(inputs, ()), strict=True))
-                value = results.pop(index)
-                if made is not None:
-                    made |= results
+                made = self._recipes.run(batch, [list(map(partial(self._input, sources), given)) for given in names])
             except OverflowError as error:  # of `torch_rtx.to_int8`
                 problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
-                raise RefitError(mismatched={", ".join(weight.names): problem}) from error
-        return _in_host_memory(value) if host else value
+                raise RefitError(mismatched={", ".join(sum(names, ())): problem}) from error
+            return {i: _in_host_memory(one) if host or i in self._hosts else one for i, one in made.items()}
+
+    def _input(self, sources: Tensors, name: str) -> torch.Tensor:
+        """A parameter, as recipes need it."""
+        return aligned(self._place(name, self._constants[name] if name in self._constants else sources[name]))
 
     @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A copy of `value` in memory of its own, on the device of the weight."""
-        device = aten.to_torch("Device", self.weights[index].value.type.device, self.device)  # type: ignore[union-attr]
+        device = _device(self.weights[index].value.type, self.device)
         copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         overwrite(copied, value)
         return copied
 
     def _place(self, name: str, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """`tensor` with the strides of parameter `name`, on its device or on `device`; no copy unless necessary."""
-        type_ = self._types[name]
-        moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
-        return restride(moved if moved.stride() == type_.strides else aligned(moved), type_.strides)  # type: ignore[arg-type]
+        own, strides = self._places[name]
+        moved = tensor.detach().to(device or own)
+        return moved if moved.stride() == strides else restride(aligned(moved), strides)  # type: ignore[arg-type]
+
+
+def _device(type_: Type, main: torch.device) -> torch.device:
+    """The device of a parameter or weight."""
+    assert isinstance(type_, TensorType)
+    return aten.to_torch("Device", type_.device, main)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _in_host_memory(value: torch.Tensor) -> torch.Tensor:

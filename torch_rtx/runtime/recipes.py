@@ -1,0 +1,142 @@
+"""Runs the recipes of weights: those of the same parameters as one, and those of one form together.
+
+Each form is compiled once, when it first runs: an engine that has its weights compiles none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.dtypes import DTYPES
+from torch_rtx.ir import Graph, TensorType, Weight, attr_values
+from torch_rtx.runtime.batched_recipes import batched
+from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.control import Owned
+from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.recipe_forms import form_of
+
+# Bytes of all values at one time while recipes run together. To launch what larger recipes do takes less than to do it.
+MAX_BYTES = 1 << 28
+Group = tuple[int, ...]  # weights, by index, that one recipe makes
+
+
+class Form:
+    """A recipe, and all others that differ in the names of values alone."""
+
+    def __init__(self, recipe: Graph, device: torch.device) -> None:
+        self._recipe, self._device, self._most = recipe, device, max(1, MAX_BYTES // max(1, most_bytes(recipe)))
+
+    @cached_property
+    def code(self) -> Code:
+        """Of one recipe."""
+        return compile_graph(self._recipe, self._device, name="recipe")
+
+    @cached_property
+    def together(self) -> Code | None:
+        """Of several, see `batched`."""
+        graph = batched(self._recipe)
+        return None if graph is None else compile_graph(graph, self._device, name="recipes")
+
+    def batches(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """Those that run together, of about the same number each."""
+        count = len(groups)
+        if count > 1 and self._most > 1 and self.together is not None:
+            parts = -(-count // self._most)
+            ends = [count * part // parts for part in range(parts + 1)]
+            yield from (groups[start:end] for start, end in pairwise(ends))
+        else:
+            yield from ([group] for group in groups)
+
+
+class Recipes:
+    """The recipes of weights, and joint ones: batches of joint ones, and of single ones of the other weights, make many
+    weights. A weight is made alone by its own recipe."""
+
+    def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
+        self._weights, self._device = weights, device
+        self._forms: dict[Hashable, Form] = {}
+        self._known: dict[Group, Form] = {}
+
+    @cached_property
+    def _joint(self) -> dict[Group, Graph]:
+        return dict(joint_recipes(self._weights))
+
+    @cached_property
+    def _beside(self) -> dict[int, Group]:
+        return {index: group for group in self._joint for index in group}
+
+    def batches(self, indices: Iterable[int]) -> Iterator[Sequence[Group]]:
+        """What makes these weights, which have recipes: one batch after another for `run`. A group has all weights that
+        one recipe makes, which may be more."""
+        forms: dict[Form, list[Group]] = {}
+        for group in dict.fromkeys(self._beside.get(index, (index,)) for index in indices):
+            forms.setdefault(self._form(group), []).append(group)
+        for form, groups in forms.items():
+            yield from form.batches(groups)
+
+    def run(self, batch: Sequence[Group], inputs: Sequence[Sequence[torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """The weights of a batch, by index; those of several groups lie in common memory.
+
+        Args:
+            inputs: of each group, the tensors of its parameters.
+        """
+        form = self._form(batch[0])
+        results = _together(form, inputs) if len(batch) > 1 else None
+        if results is None:
+            results = [form.code(own, ()) for own in inputs]
+        return {i: one for group, made in zip(batch, results, strict=True) for i, one in zip(group, made, strict=True)}
+
+    def _form(self, group: Group) -> Form:
+        if group not in self._known:
+            recipe = self._joint[group] if len(group) > 1 else self._weights[group[0]].recipe
+            assert recipe is not None
+            key = form_of(recipe)
+            if key not in self._forms:
+                self._forms[key] = Form(recipe, self._device)
+            self._known[group] = self._forms[key]
+        return self._known[group]
+
+
+def _together(form: Form, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]] | None:
+    """The results of each recipe; None: there is no room for what all of them need at one time."""
+    assert form.together is not None
+    try:
+        stacked = Owned(map(_stacked, zip(*inputs, strict=True)))
+        return list(zip(*(made.unbind() for made in form.together(stacked, ())), strict=True))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def most_bytes(recipe: Graph) -> int:
+    """Bytes of all values at one time, inputs and results included, while a recipe runs."""
+    bases = aten.bases(recipe)
+    last = {value.name: len(recipe.nodes) for value in attr_values(recipe.outputs)}
+    last = {bases.get(name, name): end for name, end in last.items()}
+    for step, node in reversed(list(enumerate(recipe.nodes))):
+        for value in (*node.results, *node.inputs):
+            last.setdefault(bases.get(value.name, value.name), step)
+    made = [(-1, value) for value in recipe.inputs]
+    made += [(step, value) for step, node in enumerate(recipe.nodes) for value in node.results]
+    change = [0] * (len(recipe.nodes) + 2)  # of the bytes, at each step, the first of which takes the inputs
+    for step, value in made:
+        if value.name not in bases and isinstance(type_ := value.type, TensorType):
+            size = aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
+            change[step + 1] += size
+            if last.get(value.name, step) + 2 < len(change):
+                change[last.get(value.name, step) + 2] -= size
+    return max(accumulate(change))
+
+
+def _stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The tensors, of one type, one after another in memory, each with its strides."""
+    first = tensors[0]
+    if first.is_contiguous():
+        return torch.stack(tensors)
+    strides = aten.extent(first.shape, first.stride()), *first.stride()
+    stack = torch.empty_strided((len(tensors), *first.shape), strides, dtype=first.dtype, device=first.device)
+    return torch.stack(tensors, out=stack)
