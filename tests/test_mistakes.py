@@ -244,6 +244,13 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("a tensor for a number", lambda p: p.fixed(X, X), InputError, "argument scale is a Tensor", "was built for 2.0"),
     ("another device", lambda p: p.engine.to("xpu:9"), RtxError, "runs on cpu and can't move", "torch_rtx.load(path"),
     ("half precision", lambda p: p.engine.half(), RtxError, "can't become torch.float16", "convert the model"),
+    (
+        "a device without engines",
+        lambda p: torch.compile(torch.relu, backend="rtx")(X.to("meta")),
+        CaptureError,
+        "are on meta, and torch_rtx runs on cpu and cuda",
+        "move the model and its inputs",
+    ),
     ("training mode", lambda p: p.engine.train(), RtxError, "can't change to training mode", "torch.compile"),
     # save
     ("a module", lambda p: torch_rtx.save(p.model, p / "a.rtx"), RtxError, "not a Sequential", "torch_rtx.compile("),  # type: ignore[arg-type]

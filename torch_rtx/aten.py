@@ -34,7 +34,7 @@ from torch_rtx.optable import ALLOWED, COLLECTIVES, DECIDED, LAUNCH, WAIT
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
-    *("aliased", "bases", "dtype_name", "exists", "extent", "is_random", "is_view", "may_alias", "number_op"),
+    *("aliased", "bases", "draws", "dtype_name", "exists", "extent", "is_random", "is_view", "may_alias", "number_op"),
     *("out_of", "overload", "schema", "shared", "to_torch"),
 ]
 
@@ -234,6 +234,12 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 def is_random(op: torch._ops.OpOverload) -> bool:
     """Whether `op` draws from the random number generator, so that two calls differ."""
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def draws(node: Node) -> bool:
+    """Whether a call draws random numbers; attention is a random operator that does not without dropout."""
+    op = overload(node.op)
+    return is_random(op) and ("dropout_p" not in schema(op) or node.arg("dropout_p", 0.0) != 0.0)
 
 
 def is_decided(node: Node) -> bool:

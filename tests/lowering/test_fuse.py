@@ -471,6 +471,26 @@ def test_ranges_of_rows_are_outside_of_kernels(width: int, outside: bool) -> Non
     assert not outside or (len(names), len(set(names))) == (2, 1)
 
 
+RANDOM = """\
+graph import {
+  input x: f32[8]
+  a: f32[8] = op aten.sigmoid.default(self=x)
+  b: f32[8] = op aten.bernoulli.default(self=a)
+  c: f32[8] = op aten.rand_like.default(self=x)
+  d: f32[8] = op aten.log.default(self=c)
+  e: f32[8] = op aten.add.Tensor(self=a, other=d)
+  return [b, e]
+}
+"""
+
+
+def test_random_numbers_are_drawn_in_their_order() -> None:
+    """The loops before and after the first draw would be one kernel, which waits for the second."""
+    graph = fuse(parse(RANDOM), Inference(), TARGETS)
+    assert [node.op.split(".")[1] for node in graph.nodes if node.kind == "op"] == ["bernoulli", "rand_like"]
+    assert len([node for node in graph.nodes if node.kind == "kernel"]) == 2
+
+
 def test_loops_do_not_fuse_if_one_had_to_wait_out_of_turn() -> None:
     """Two layers of a checkpoint, of which each is computed again from what it got: both rotate by the same angles."""
     tensor = TensorType("f16", (256, 256), contiguous((256, 256)))

@@ -17,13 +17,14 @@ from torch import fx
 
 from torch_rtx import aten, collectives
 from torch_rtx.backend.partition import check_ops, partition
-from torch_rtx.errors import LoweringError, RtxError, SettingsError
+from torch_rtx.errors import CaptureError, LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.code import EMPTY
 from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.tuning_context import chip_here
 from torch_rtx.settings import CompilationSettings
@@ -120,6 +121,7 @@ def compile_fx(
         ranges, typical: see `Symbols`.
 
     Raises:
+        CaptureError: the tensors are on a device on which no engine runs.
         PartitionError: a node falls back although `require_full_compilation` is set.
         LoweringError: a bug of torch_rtx; names the folder with the graph and a script that reproduces the bug.
     """
@@ -128,6 +130,9 @@ def compile_fx(
     start = time.perf_counter()
     check_settings(settings)
     device = device_of(gm)
+    if device.type not in EMPTY:
+        problem = f"tensors of this graph are on {device.type}, and torch_rtx runs on {' and '.join(EMPTY)}"
+        raise CaptureError(problem, hint="move the model and its inputs, or compile a part that has none of these")
     targets = formed_for(settings, device)
     if settings.targets not in (None, LATER) and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)

@@ -1,18 +1,22 @@
-"""Calls with effects: checks that may raise, operators that are registered as such, and collectives.
+"""Calls with effects: checks that may raise, operators that are registered as such, collectives, and random draws.
 
 PyTorch orders them by tokens, which each such call takes and returns. In the IR they need none: calls without results
-stay, and fallbacks and collectives stay in order.
+stay, and fallbacks and collectives stay in order. So do draws from the random number generator, among themselves: each
+moves the generator on, and with one seed all have the numbers of eager mode only in its order.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from torch_rtx import aten
 from torch_rtx.collectives import is_collective
+from torch_rtx.control import branches, is_control
 from torch_rtx.ir import COPY, Node
 from torch_rtx.optable import COLLECTIVES
 
@@ -64,6 +68,17 @@ def is_barrier(node: Node) -> bool:
     """Whether no other call may move across `node`: a fallback, a write, or a collective, whose place among these is
     the same on all ranks."""
     return node.kind == "fallback" or node.op == COPY or is_collective(node)
+
+
+def draws(nodes: Sequence[Node]) -> list[int]:
+    """The positions of the calls that draw random numbers, or that may do so in one of their branches."""
+    return [index for index, node in enumerate(nodes) if _draws(node)]
+
+
+def _draws(node: Node) -> bool:
+    if is_control(node):
+        return any(draws(branch.nodes) for branch in branches(node))
+    return node.kind == "op" and aten.draws(node)
 
 
 def read_before_wait(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import pairwise
 from math import inf
 
 from torch_rtx import aten
@@ -20,7 +21,7 @@ from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, TensorType, Value, attr_values
-from torch_rtx.lowering.effects import is_barrier
+from torch_rtx.lowering.effects import draws, is_barrier
 from torch_rtx.lowering.iteration_space import (
     IterationSpace,
     elements,
@@ -112,6 +113,7 @@ class FusionPlan:
         begun: the values to whose elements kernels write in memory, by name; kernels write these, too.
         group_of: the group of each node that is not an absorbed view.
         readers: the nodes that read a value, also through views.
+        next_draw: for each call that draws random numbers, the one that has to come after it.
         reducing: the nodes that reduce rows.
         outside: the values that the graph returns, or inputs that it has written to, by name.
     """
@@ -125,6 +127,7 @@ class FusionPlan:
         self.views |= widened_factors(graph, self.views, self.producer)
         self.group_of: dict[int, FusionGroup] = {}
         self.readers: dict[str, list[int]] = {}
+        self.next_draw = dict(pairwise(draws(graph.nodes)))
         self.reducing: set[int] = set()
         self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)} | graph.updated.keys()
         self._start_groups()
@@ -236,10 +239,11 @@ class FusionPlan:
         )
 
     def users(self, group: FusionGroup) -> tuple[int, ...]:
-        """The nodes outside of `group` that read its results, also through views."""
+        """The nodes outside of `group` that have to come after it: they read its results, also through views."""
         if group.users is None:
-            reading = (index for value in self.results(group) for index in self.readers.get(value.name, ()))
-            group.users = tuple(dict.fromkeys(index for index in reading if index not in group.members))
+            after = [index for value in self.results(group) for index in self.readers.get(value.name, ())]
+            after += [self.next_draw[member] for member in group.members if member in self.next_draw]
+            group.users = tuple(dict.fromkeys(index for index in after if index not in group.members))
         return group.users
 
     def results(self, group: FusionGroup) -> Iterator[Value]:

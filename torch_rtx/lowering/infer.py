@@ -37,7 +37,7 @@ class Inference:
     """Infers types of calls over one graph's symbols; caches equal calls."""
 
     def __init__(self) -> None:
-        self._cache: dict[object, tuple[Type, ...]] = {}
+        self._cache: dict[object, tuple[Type | None, ...]] = {}
         self._new_symbols()
 
     def _new_symbols(self) -> None:
@@ -46,8 +46,8 @@ class Inference:
         self._symints: dict[str, int | torch.SymInt] = {}
         self._dims: dict[Any, Dim] = {}
 
-    def __call__(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
-        """The types of the results of `op(args)`.
+    def __call__(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type | None, ...]:
+        """The types of the results of `op(args)`; None for a gradient that the call is told not to compute.
 
         Raises:
             Unsupported: the call rejects these types, accepts them for some sizes in the symbols' ranges only, or
@@ -58,11 +58,12 @@ class Inference:
             self._cache[key] = self._run(op, args)
         return self._cache[key]
 
-    def _run(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
+    def _run(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type | None, ...]:
         overload = aten.overload(op)
         function = DECOMPOSED.get(op, overload) if is_symbolic(args) else overload
         result = self.call(function, overload, args)
-        return tuple(self.type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
+        results = result if isinstance(result, tuple | list) else (result,)
+        return tuple(None if item is None else self.type(item) for item in results)
 
     def call(
         self,

@@ -130,8 +130,10 @@ class Rewriter:
             Unsupported: the op does not take these arguments.
         """
         pairs = tuple(args.items())
-        outputs = tuple(self.fresh(type_) for type_ in types or self.infer(op, pairs))
+        found = types or self.infer(op, pairs)
+        outputs = tuple(None if type_ is None else self.fresh(type_) for type_ in found)
         self.nodes.append(Node("op", op, pairs, outputs, None, loc))
+        assert outputs[0] is not None
         return outputs[0]
 
     def fresh(self, type_: Type) -> Value:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import DTYPES, register
 from torch_rtx.ir import Node, TensorType, Value, contiguous
 from torch_rtx.lowering.kernels.index import multiple
-from torch_rtx.lowering.kernels.region import tensor_type
 from torch_rtx.targets import ALIGNMENT
 
 SELECT = "aten.select.int"
@@ -25,9 +24,11 @@ def ranges_of_rows(nodes: tuple[Node, ...]) -> Iterator[int]:
             continue
         (source,), (result,) = node.inputs, node.outputs
         start, dim = node.arg(RANGES[node.op]) or 0, node.arg("dim", 0)
-        if result is None or not isinstance(start, int) or not isinstance(dim, int):
+        type_ = source.type
+        if result is None or not isinstance(type_, TensorType) or not register(type_.dtype):
+            continue  # kernels can't read it: no view of it is part of one
+        if not isinstance(start, int) or not isinstance(dim, int):
             continue
-        type_ = tensor_type(source)
         offset = start * multiple(type_.strides[dim]) * DTYPES[type_.dtype].bytes
         is_rows = node.op == SELECT or (dim == 0 and _is_dense(source) and _is_dense(result))
         if is_rows and start >= 0 and offset % ALIGNMENT == 0:

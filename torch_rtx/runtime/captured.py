@@ -301,6 +301,4 @@ def may_draw(graph: Graph) -> bool:
 def _draws(node: Node) -> bool:
     if node.kind in ("kernel", "fallback"):
         return any(map(may_draw, branches(node))) if is_control(node) else node.kind == "fallback"
-    op = aten.overload(node.op)
-    without = "dropout_p" in aten.schema(op) and node.arg("dropout_p", 0.0) == 0.0
-    return aten.is_random(op) and not without
+    return aten.draws(node)

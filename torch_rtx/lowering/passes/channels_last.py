@@ -352,7 +352,8 @@ class _Writer(Rewriter):
         if len(types) != len(node.outputs) or any(map(_differs, types, node.outputs)):
             return False
         named = zip(node.outputs, types, strict=True)
-        self._add(node, args, tuple(None if value is None else Value(value.name, type_) for value, type_ in named))
+        kept = tuple(None if old is None or type_ is None else Value(old.name, type_) for old, type_ in named)
+        self._add(node, args, kept)
         return True
 
     def _add(self, node: Node, args: tuple[tuple[str, Attr], ...], outputs: tuple[Value | None, ...]) -> None:
@@ -440,7 +441,7 @@ def _with_numeric_padding(node: Node) -> Node | None:
     return replace(node, op=node.op.replace(".padding", ".default"), args=tuple(args.items()))
 
 
-def _differs(type_: Type, value: Value | None) -> bool:
+def _differs(type_: Type | None, value: Value | None) -> bool:
     """Whether a result differs from the captured one in more than strides."""
     if value is None:
         return False

@@ -58,7 +58,7 @@ def _expanded(node: Node, rewriter: Rewriter) -> Value | None:
     assert isinstance(query, Value)
     assert isinstance(key, Value)
     *lead, queries, width = type_of(query).shape
-    if asked or len(node.outputs) != 1 or not isinstance(width, int):
+    if asked or len(node.outputs) != 1 or not isinstance(width, int) or not width:
         return None
     if typical(dim_expr("*", *lead, queries, type_of(key).shape[-2])) > MOST_SCORES:
         return None

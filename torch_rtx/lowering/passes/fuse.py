@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from torch_rtx.ir import Graph, Node, attr_values
+from torch_rtx.lowering.effects import draws
 from torch_rtx.lowering.fusion import FusionPlan
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.targets import Target
@@ -33,14 +35,18 @@ def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...], atomics: b
 
 
 def _ordered(graph: Graph, groups: list[Group], views: list[Node]) -> Iterator[Node]:
-    """The nodes of all groups in topological order, ties by key, and the views that are still read. A kernel that reads
-    inputs alone comes just before its first reader: until then its results would only take memory."""
+    """The nodes of all groups in topological order, ties by key, and the views that are still read. Draws of random
+    numbers keep their order. A kernel that reads inputs alone comes just before its first reader: until then its
+    results would only take memory."""
     view_of = {value.name: node for node in views for value in node.outputs if value is not None}
     made = {v.name: at for at, (_, nodes) in enumerate(groups) for n in nodes for v in n.outputs if v is not None}
     waits: list[set[int]] = []
     for _, nodes in groups:
         names = [value.name for node in nodes for value in node.inputs]
         waits.append({made[name] for name in (_root(n, view_of) for n in names) if name in made})
+    at_draw = [at for _, at in sorted((key, at) for at, (key, nodes) in enumerate(groups) if draws(nodes))]
+    for before, at in pairwise(at_draw):
+        waits[at].add(before)
     for at, wait in enumerate(waits):
         wait.discard(at)
     followers: dict[int, list[int]] = {}

@@ -104,7 +104,8 @@ def _spread(node: Node, spread: set[str], rewriter: Rewriter) -> bool:
         types = rewriter.infer(node.op, args)
     except Unsupported:
         return False
-    kept = [None if o is None else replace(o, type=type_) for o, type_ in zip(node.outputs, types, strict=True)]
+    named = zip(node.outputs, types, strict=True)
+    kept = [None if old is None or type_ is None else replace(old, type=type_) for old, type_ in named]
     for value, by in zip(node.outputs, kept, strict=True):
         if value is not None and by is not None:
             rewriter.replace(value, by)
