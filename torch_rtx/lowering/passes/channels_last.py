@@ -77,6 +77,8 @@ class _Writer(Rewriter):
         self._restored: set[str] = set()  # views that were recomputed
         self._constant = from_weights(graph)
         self._twins: dict[str, Value] = {}  # by the name of a value: the same in another layout
+        # The values in whose memory results lie.
+        self._given = {self._bases.get(value.name, value.name) for value in attr_values(graph.outputs)}
         self._narrow: dict[str, Value] = {}  # by the name of a value: what it is a cast of that takes more memory
 
     def visit(self, node: Node) -> None:
@@ -107,7 +109,8 @@ class _Writer(Rewriter):
         return self._gradients(node) if node.op == GRADIENTS else self._is_there(node)
 
     def _is_there(self, node: Node) -> bool:
-        """A copy in another layout is what is computed in this layout already; nothing writes to memory."""
+        """A copy in another layout is what is computed in this layout already. Nothing may write to this, and no two
+        results of the graph may come to lie in the same memory."""
         if node.op != "aten.clone.default" or self.graph.written:
             return False
         (image,), (copy,) = node.inputs, node.results
@@ -116,6 +119,11 @@ class _Writer(Rewriter):
         found = next((one for one in (given, self._twins.get(given.name)) if one and one.type == copy.type), None)
         if found is None or given == image:
             return False
+        if copy.name in self._given:
+            base = self._bases.get(image.name, image.name)
+            if base in self._given:
+                return False
+            self._given.add(base)
         self.replace(copy, found)
         return True
 
