@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import torch_rtx
 from torch_rtx.cli.app import app
 from torch_rtx.cli.bench import Times, measure
+from torch_rtx.runtime.signature import Signature
 
 SHORT = ("--duration", "0.02", "--warmup", "0", "--iterations", "5")
 
@@ -38,6 +39,14 @@ def test_bench(path: Path) -> None:
     assert [line.partition(":")[0] for line in lines] == ["device", "throughput", "latency", "host"]
     assert "p50 " in lines[2]
     assert "p99.9 " in lines[2]
+
+
+def test_the_call_signature_is_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it may warn, and takes time."""
+    read, seen = Signature.from_json, []
+    monkeypatch.setattr(Signature, "from_json", staticmethod(lambda tree: (seen.append(tree), read(tree))[1]))
+    assert call(path, "--size", "batch=2", *SHORT).exit_code == 0
+    assert len(seen) == 1
 
 
 def test_json(path: Path) -> None:

@@ -270,9 +270,7 @@ def arguments(module: CompiledModule, inputs: Sequence[Any]) -> tuple[tuple[Any,
     """The arguments of a call with these flat inputs, those that the capture fixed among them."""
     from torch.utils import _pytree as pytree
 
-    from torch_rtx.runtime.signature import Signature
-
-    signature = Signature.from_json(module.engine.manifest.signature)
+    signature = module._signature
     leaves = [inputs[leaf] if isinstance(leaf, int) else leaf.value for leaf in signature.leaves]
     args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
     return args, kwargs
