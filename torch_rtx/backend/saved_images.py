@@ -70,8 +70,9 @@ def _copied(graph: fx.Graph, node: fx.Node, form: torch.memory_format) -> fx.Nod
 
 
 def _images(graph: fx.Graph) -> set[fx.Node]:
-    """What calls compute that lies row by row, and is convolved, or connected with what is convolved by calls that are
-    no views: in memory the results of these calls lie as their operands do."""
+    """What calls compute that lies row by row, and is an operand or a result of a convolution, a weight that is cast
+    among them, or connected with these by calls that are no views: in memory the results of such calls lie as their
+    operands do."""
     near: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         for one in _operands(node):
@@ -93,8 +94,7 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
         return
     rank = _rank(node)
     if rank in FORMATS:
-        operands = call.all_input_nodes[:1] if call.target is CONVOLUTION else call.all_input_nodes
-        yield from (one for one in operands if _rank(one) == rank)
+        yield from (one for one in call.all_input_nodes if _rank(one) == rank)
 
 
 def _rank(node: fx.Node) -> int:

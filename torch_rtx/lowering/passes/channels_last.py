@@ -77,8 +77,9 @@ class _Writer(Rewriter):
         self._restored: set[str] = set()  # views that were recomputed
         self._constant = from_weights(graph)
         self._twins: dict[str, Value] = {}  # by the name of a value: the same in another layout
-        # The values in whose memory results lie.
-        self._given = {self._bases.get(value.name, value.name) for value in attr_values(graph.outputs)}
+        # The values in whose memory results lie, or in which none may: that of the caller.
+        results = set(map(self._memory, attr_values(graph.outputs)))
+        self._given = results | {value.name for value in graph.inputs} | self._constant
         self._narrow: dict[str, Value] = {}  # by the name of a value: what it is a cast of that takes more memory
 
     def visit(self, node: Node) -> None:
@@ -111,21 +112,25 @@ class _Writer(Rewriter):
     def _is_there(self, node: Node) -> bool:
         """A copy in another layout is what is computed in this layout already. Nothing may write to this, and no two
         results of the graph may come to lie in the same memory."""
-        if node.op != "aten.clone.default" or self.graph.written:
+        if node.op != "aten.clone.default":
             return False
         (image,), (copy,) = node.inputs, node.results
         given = self.current(image)
         assert isinstance(given, Value)
         found = next((one for one in (given, self._twins.get(given.name)) if one and one.type == copy.type), None)
-        if found is None or given == image:
+        if found is None or found == image:
+            return False
+        memory = {self._memory(image), self._memory(found)}
+        if not memory.isdisjoint(self.graph.written | (self._given if copy.name in self._given else set())):
             return False
         if copy.name in self._given:
-            base = self._bases.get(image.name, image.name)
-            if base in self._given:
-                return False
-            self._given.add(base)
+            self._given |= memory
         self.replace(copy, found)
         return True
+
+    def _memory(self, value: Value) -> str:
+        """The name of the value in whose memory it lies."""
+        return self._bases.get(value.name, value.name)
 
     def _gradients(self, node: Node) -> bool:
         """The gradients of a convolution, of channels-last images and weight; libraries return them in this layout."""
@@ -152,11 +157,15 @@ class _Writer(Rewriter):
             self._narrow[node.results[0].name] = node.inputs[0]
 
     def _note_copy(self, node: Node) -> None:
-        """Remember what a call copies that is channels-last already, unless the graph writes to memory."""
-        if node.op != "aten.clone.default" or node.arg("memory_format") != "contiguous_format" or self.graph.written:
+        """Remember what a call copies that is channels-last already, unless the graph writes to it."""
+        if node.op != "aten.clone.default" or node.arg("memory_format") != "contiguous_format":
             return
         (image,), (copy,) = node.inputs, node.results
-        if 4 <= len(type_of(image).shape) <= 5 and _is_channels_last(type_of(image)):
+        if (
+            self._memory(image) not in self.graph.written
+            and 4 <= len(type_of(image).shape) <= 5
+            and _is_channels_last(type_of(image))
+        ):
             self._twins.setdefault(copy.name, image)
 
     def _loses_layout(self, value: Value, node: Node) -> bool:
