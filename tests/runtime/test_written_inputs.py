@@ -136,10 +136,10 @@ def cache() -> list[Tensor]:
 
 
 CASES: dict[str, tuple[Function, Callable[[], Sequence[Tensor]], int]] = {
-    "swap": (swap, drawn((4, 6), (4, 6)), 0),
+    "swap": (swap, drawn((4, 6), (4, 6)), 2),
     "swap of interleaved columns": (swap, halves, 1),
-    "rotation": (rotate, drawn((4, 6), (4, 6), (4, 6)), 0),
-    "other dtype, and a row for each": (narrow, lambda: [torch.ones(4, 6).half(), torch.randn(4, 6)], 2),
+    "rotation": (rotate, drawn((4, 6), (4, 6), (4, 6)), 3),
+    "other dtype, and a row for each": (narrow, lambda: [torch.ones(4, 6).half(), torch.randn(4, 6)], 1),
     "one value for two": (same, drawn((4, 6), (4, 6), (4, 6)), 0),
     "one value for what overlaps": (same, lambda: [*overlapping(), torch.randn(4, 6)], 1),
     "a counter": (count, cache, 1),

@@ -15,7 +15,10 @@ from torch_rtx.accumulation import continued
 from torch_rtx.ir import COPY, Dim, Graph, Node, TensorType, Value, attr_values, has_parts
 
 COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "copy"))
-SIZES = frozenset(f"aten.{name}_like.default" for name in ("full", "zeros", "ones"))  # calls that need no contents
+SIZES = frozenset(  # calls that need no contents of `self`
+    f"aten.{name}.default"
+    for name in ("full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "copy")
+)
 # Views, each element of which is in the same place, unless it repeats: dimensions of size 1 come and go.
 RESHAPES = frozenset(
     f"aten.{name}"
@@ -45,8 +48,8 @@ def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str
         graph: as it is run, see `inline_kernels`; what it writes to must overlap nothing else that it has.
         trusted: see `compile_graph`.
     """
-    own = {weight.value.name for weight in graph.weights if weight.recipe is None}
-    given, base = own | {value.name for value in graph.inputs}, aten.bases(graph, trusted)
+    values = (*graph.inputs, *(weight.value for weight in graph.weights))
+    given, base = {value.name for value in values}, aten.bases(graph, trusted)
     makers = {v.name: at for at, node in enumerate(graph.nodes) if node.kind == "kernel" for v in node.results}
     readers: dict[str, list[int]] = {}
     for at, node in enumerate(graph.nodes):
@@ -98,6 +101,8 @@ def _is_safe(node: Node, result: Value, target: Value, base: dict[str, str]) -> 
     inner, made = body.inputs[read[0]], body.outputs[node.outputs.index(result)]
     if not isinstance(made, Value):
         return False
+    if not any(inner in _read(part) for part in body.nodes):
+        return True
     if has_parts(body):
         users = [part for part in body.nodes if inner in part.inputs]
         return all(made in part.outputs and _is_safe(part, made, inner, {}) for part in users)
@@ -112,10 +117,9 @@ def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
     """
     moved, place = {source.name}, _place(source)
     for node in body.nodes:
-        if node.op in SIZES:
-            continue
-        if node.kind != "op" or moved.isdisjoint(value.name for value in node.inputs):
-            if node.kind != "op" or not (_is_elementwise(node.op) or node.op in CHOICES or _is_view(node.op)):
+        if node.kind != "op" or moved.isdisjoint(value.name for value in _read(node)):
+            known = _is_elementwise(node.op) or node.op in CHOICES or node.op in SIZES or _is_view(node.op)
+            if node.kind != "op" or not known:
                 return False
             continue
         if not (_is_elementwise(node.op) or node.op in RESHAPES):
@@ -124,6 +128,12 @@ def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
             return False
         moved.update(value.name for value in node.results)
     return result.name in moved
+
+
+def _read(node: Node) -> tuple[Value, ...]:
+    """The values whose contents a call in the body of a kernel needs."""
+    args = (attr for key, attr in node.args if key != "self" or node.op not in SIZES)
+    return tuple(value for attr in args for value in attr_values(attr))
 
 
 def _place(value: Value) -> tuple[Dim, ...]:
