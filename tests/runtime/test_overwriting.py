@@ -170,6 +170,13 @@ REFUSED = {
         y: f32[6, 8] = exp.default(self=a)
         {WRITE}
         return""",
+    "a value from elsewhere, beside one of the old contents": f"""
+        x: f32[6, 8]
+        z: f32[6, 8]
+        y: f32[6, 8] = copy.default(self=x, src=z)
+        a: f32[6, 8] = copy.default(self=z, src=x)
+        {WRITE}
+        return a""",
     "a call computes it": f"""
         x: f32[6]
         y: f32[6], c: i64[6] = sort.default(self=x)
@@ -179,6 +186,15 @@ REFUSED = {
 
 
 ACCEPTED = {
+    "what a loop over rows does not read": """
+        x: f16[6, 8]
+        z: f32[6, 8]
+        a: f32[6, 8] = softmax.int(self=z, dim=-1)
+        b: f32[6, 8] = ones_like.default(self=x, dtype='f32')
+        c: f32[6, 8] = add.Tensor(self=a, other=b)
+        y: f16[6, 8] = copy.default(self=x, src=c)
+        op aten.copy_.default(self=x, src=y)
+        return""",
     "a counter, and the position that it gives": """
         x: i64[()]
         z: i64[1]

@@ -1,4 +1,5 @@
-"""Checks of a call: its inputs against the types of a graph, the ranges of its symbols and its profiles."""
+"""Checks of a call: its inputs against the types of a graph, the ranges of its symbols and its profiles; sizes that
+data decide, against what the graph says of them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.errors import InputError
+from torch_rtx.errors import CallError, InputError
 from torch_rtx.ir import Dim, Expr, Graph, ScalarType, Sym, TensorType, Value, dim_syms, evaluate
 from torch_rtx.profiles import Profile, Range
 
@@ -165,3 +166,16 @@ def invert(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[Sym, int] | N
     if len(unknown) != 1 or (dim.op == "*" and 0 in rest):
         return None
     return invert(unknown[0], size - sum(rest) if dim.op == "+" else size // math.prod(rest), sizes)
+
+
+def stated(size: Any, number: int) -> None:
+    """Raises CallError if data decided another size than the type of its value, on which memory and kernels rely."""
+    if not isinstance(size, int) or size != number:
+        raise CallError(f"the data decide a size of {size}, and the graph has {number}")
+
+
+def in_range(size: Any, low: int, high: int | None, multiple: int) -> None:
+    """Raises CallError if data decided a size that its symbol excludes."""
+    if not isinstance(size, int) or size < low or (high is not None and size > high) or size % multiple:
+        wanted = f"from {low} to {high}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+        raise CallError(f"the data decide a size of {size}, which is not {wanted}")

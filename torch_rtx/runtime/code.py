@@ -21,7 +21,7 @@ from torch_rtx import aten
 from torch_rtx.accumulation import continued
 from torch_rtx.collectives import is_collective, waited
 from torch_rtx.control import all_syms, branches, check, is_control
-from torch_rtx.errors import CallError, InvalidIR
+from torch_rtx.errors import InvalidIR
 from torch_rtx.functional import FUNCTIONAL, copied, plain
 from torch_rtx.ir import (
     COPY,
@@ -40,7 +40,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.optable import NUMBERS
-from torch_rtx.runtime.check import needs
+from torch_rtx.runtime.check import in_range, needs, stated
 from torch_rtx.runtime.control import Owned, Runner, runner
 from torch_rtx.runtime.convolve import CONVOLUTION, convolve
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
@@ -48,7 +48,7 @@ from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.overwriting import overwritten
 from torch_rtx.runtime.plan import Plan, Room
 from torch_rtx.runtime.streaming import Lines, Streamer
-from torch_rtx.runtime.strided import aligned, copy_all, copy_together, restride, target_of
+from torch_rtx.runtime.strided import aligned, are_apart, copy_all, copy_together, restride, target_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,19 +89,6 @@ RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torc
 CHECKS = NUMBERS | {"aten._assert_scalar.default", "aten.sym_size.int"}
 
 
-def stated(size: Any, number: int) -> None:
-    """Raises CallError if data decided another size than the type of its value, on which memory and kernels rely."""
-    if not isinstance(size, int) or size != number:
-        raise CallError(f"the data decide a size of {size}, and the graph has {number}")
-
-
-def in_range(size: Any, low: int, high: int | None, multiple: int) -> None:
-    """Raises CallError if data decided a size that its symbol excludes."""
-    if not isinstance(size, int) or size < low or (high is not None and size > high) or size % multiple:
-        wanted = f"from {low} to {high}" + (f", a multiple of {multiple}" if multiple > 1 else "")
-        raise CallError(f"the data decide a size of {size}, which is not {wanted}")
-
-
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """The state in which the code of a graph runs: no gradients, no autocast, since the capture resolved casts, and
@@ -123,6 +110,7 @@ def compile_graph(
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
     distinct: bool = False,
+    guarded: bool = True,
     stay: frozenset[str] = frozenset(),
     room: Room | None = None,
 ) -> Code:
@@ -135,7 +123,8 @@ def compile_graph(
         tactics: of kernel nodes, by op; their device must be the current one during a call.
         probe: called before the first node and after each node; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
-        distinct: inputs that the graph writes to overlap no other ones, so that kernels may write to them.
+        distinct: what the graph writes to overlaps none of the other inputs, so that kernels may write there.
+        guarded: nor do the inputs that it writes to overlap each other or weights. Otherwise the code compares them.
         stay, room: see `Plan`.
 
     Raises:
@@ -146,7 +135,7 @@ def compile_graph(
     writer = _Writer(inline_kernels(graph, tactics), *given, stay=stay, room=room)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
-    writer.targets = overwritten(writer.graph, trusted_ops) if distinct else {}
+    writer.targets, writer.guarded = overwritten(writer.graph, trusted_ops) if distinct else {}, guarded
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -172,7 +161,8 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
-    targets: dict[str, Value] = field(default_factory=dict)  # results that kernels write over inputs
+    targets: dict[str, Value] = field(default_factory=dict)  # results that kernels write over inputs and weights
+    guarded: bool = True
     begun: dict[str, Value] = field(default_factory=dict)  # what results of kernels start from, of which none is copied
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
@@ -192,6 +182,7 @@ class _Writer:
         if graph.inputs:
             self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
+        self.compare()
         known, elsewhere = frozenset(self.bound), frozenset(self.targets)
         cudnn = self.device.type == "cuda"
         self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room, cudnn)
@@ -231,6 +222,17 @@ class _Writer:
         return f"def run(_inputs, _weights, _new={empty}, _room=None, _keep={empty}):\n" + "".join(
             f"    {line}\n" for line in self.lines
         )
+
+    def compare(self) -> None:
+        """Write `_free`, whether what is written over shares its memory with nothing else that is written or a weight,
+        unless guards say so."""
+        weights = [weight.value.name for weight in self.graph.weights]
+        targets = [value.name for value in self.targets.values()]
+        self.guarded = self.guarded and set(targets).isdisjoint(weights)
+        if targets and not self.guarded:
+            written = sorted(self.graph.written)
+            lists = (f"[{', '.join(names)}]" for names in (written, [one for one in weights if one not in written]))
+            self.lines.append(f"_free = {self.name_of('apart', are_apart)}({', '.join(lists)})")
 
     def arena(self) -> dict[str, tuple[str, int | str]]:
         """Write the allocation of the arena; returns the place of each value in it: the name of the arena, and the
@@ -427,7 +429,7 @@ class _Writer:
                 if output.name not in self.offsets:
                     self.lines.append(f"{output.name} = {tensors[self.begun[output.name].name]}")
             elif output.name in self.targets:
-                given = f"{self.targets[output.name].name}, {self.strides(output)}"
+                given = f"{self.targets[output.name].name}, {self.strides(output)}{', _free' * (not self.guarded)}"
                 self.lines.append(f"{output.name} = {self.name_of('target', target_of)}({given})")
             elif output.name not in self.offsets:
                 self.lines.append(f"{output.name} = {self.new('_new', output)}")

@@ -1,6 +1,7 @@
-"""Results that kernels write over an input, where the program would copy them at its end, as an optimizer does.
+"""Results that kernels write over an input or weight, where the program would copy them at its end.
 
-The copy costs as much memory, and nearly as much time, as the kernels themselves.
+An optimizer does so, or a decoder with the counters of its cache. The copy costs as much memory, and nearly as much
+time, as the kernels themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch_rtx.accumulation import continued
 from torch_rtx.ir import COPY, Dim, Graph, Node, TensorType, Value, attr_values, has_parts
 
 COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "copy"))
-SIZES = frozenset(f"aten.{name}_like.default" for name in ("full", "zeros", "ones"))  # calls that need no contents
+SIZES = frozenset(  # calls that need no contents of `self`
+    f"aten.{name}.default"
+    for name in ("full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "copy")
+)
 # Views, each element of which is in the same place, unless it repeats: dimensions of size 1 come and go.
 RESHAPES = frozenset(
     f"aten.{name}"
@@ -36,22 +40,24 @@ CHOICES = frozenset(
 
 
 def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, Value]:
-    """By the name of a kernel's result: the input that the kernel can write it to, since a copy would do so later, and
-    nothing reads the old contents in between, nor does the caller or a fallback get the result, nor a kernel add to it.
+    """By the name of a kernel's result: the input or weight that the kernel can write it to, since a copy would do so
+    later, and nothing reads the old contents in between, nor does the caller or a fallback get the result, nor a kernel
+    add to it.
 
     Args:
-        graph: as it is run, see `inline_kernels`; inputs that it writes to must overlap no other ones.
+        graph: as it is run, see `inline_kernels`; what it writes to must overlap nothing else that it has.
         trusted: see `compile_graph`.
     """
-    inputs, base = {value.name for value in graph.inputs}, aten.bases(graph, trusted)
+    values = (*graph.inputs, *(weight.value for weight in graph.weights))
+    given, base = {value.name for value in values}, aten.bases(graph, trusted)
     makers = {v.name: at for at, node in enumerate(graph.nodes) if node.kind == "kernel" for v in node.results}
     readers: dict[str, list[int]] = {}
     for at, node in enumerate(graph.nodes):
         for name in {base.get(value.name, value.name) for value in node.inputs}:
             readers.setdefault(name, []).append(at)
     fallbacks = [at for at, node in enumerate(graph.nodes) if node.kind == "fallback"]
-    given = (value for at in fallbacks for value in graph.nodes[at].inputs)
-    kept = {base.get(value.name, value.name) for value in (*attr_values(graph.outputs), *given)}
+    seen = (value for at in fallbacks for value in graph.nodes[at].inputs)
+    kept = {base.get(value.name, value.name) for value in (*attr_values(graph.outputs), *seen)}
     writes = Counter(base.get(value.name, value.name) for node in graph.nodes for value in node.targets)
     kept |= {name for node in graph.nodes for new, old in continued(node).items() for name in (new, old.name)}
     found: dict[str, Value] = {}
@@ -63,11 +69,25 @@ def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str
         if first is None or source.name in kept or source.type != target.type:
             continue
         between = [*fallbacks, *readers[target.name]]
-        if target.name not in inputs or writes[target.name] > 1 or any(first < other < at for other in between):
+        if target.name not in given or writes[target.name] > 1 or any(first < other < at for other in between):
             continue
         if _is_safe(graph.nodes[first], source, target, base):
             found[source.name] = target
     return found
+
+
+def writes_early(graph: Graph) -> bool:
+    """Whether code of `graph` may write to an input or weight before it has read all others. Without updates of parts
+    it need not, and does not where a result lies in an input that it does not write to: the caller gets this input
+    itself, with what the graph leaves in memory that it shares with another one."""
+    base, unwritten = aten.bases(graph), {value.name for value in graph.inputs} - graph.written
+    returned = {base.get(value.name, value.name) for value in attr_values(graph.outputs)}
+    return bool(graph.written) and (has_updates(graph) or unwritten.isdisjoint(returned))
+
+
+def has_updates(graph: Graph) -> bool:
+    """Whether `graph` replaces parts of an input or weight."""
+    return any(node.writes and node.op != COPY for node in graph.nodes)
 
 
 def _is_safe(node: Node, result: Value, target: Value, base: dict[str, str]) -> bool:
@@ -81,6 +101,8 @@ def _is_safe(node: Node, result: Value, target: Value, base: dict[str, str]) -> 
     inner, made = body.inputs[read[0]], body.outputs[node.outputs.index(result)]
     if not isinstance(made, Value):
         return False
+    if not any(inner in _read(part) for part in body.nodes):
+        return True
     if has_parts(body):
         users = [part for part in body.nodes if inner in part.inputs]
         return all(made in part.outputs and _is_safe(part, made, inner, {}) for part in users)
@@ -95,10 +117,9 @@ def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
     """
     moved, place = {source.name}, _place(source)
     for node in body.nodes:
-        if node.op in SIZES:
-            continue
-        if node.kind != "op" or moved.isdisjoint(value.name for value in node.inputs):
-            if node.kind != "op" or not (_is_elementwise(node.op) or node.op in CHOICES or _is_view(node.op)):
+        if node.kind != "op" or moved.isdisjoint(value.name for value in _read(node)):
+            known = _is_elementwise(node.op) or node.op in CHOICES or node.op in SIZES or _is_view(node.op)
+            if node.kind != "op" or not known:
                 return False
             continue
         if not (_is_elementwise(node.op) or node.op in RESHAPES):
@@ -107,6 +128,12 @@ def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
             return False
         moved.update(value.name for value in node.results)
     return result.name in moved
+
+
+def _read(node: Node) -> tuple[Value, ...]:
+    """The values whose contents a call in the body of a kernel needs."""
+    args = (attr for key, attr in node.args if key != "self" or node.op not in SIZES)
+    return tuple(value for attr in args for value in attr_values(attr))
 
 
 def _place(value: Value) -> tuple[Dim, ...]:

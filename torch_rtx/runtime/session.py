@@ -28,6 +28,7 @@ from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.groups import why_not_captured
 from torch_rtx.runtime.launch import LoadedTactic
+from torch_rtx.runtime.overwriting import writes_early
 from torch_rtx.runtime.plan import Memory, Room
 from torch_rtx.runtime.specialize import Compile, Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
@@ -126,6 +127,7 @@ class Session:
         self._pinned, self._saved = pinned, saved
         self.streamer = store.streamer
         self._guarded, self._count = guarded, len(graph.inputs)
+        self._distinct = guarded or writes_early(graph)  # a module has seen to the latter
         compiled = self._compiler(self.streamer)
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         # A second run changes nothing but the results, and other ranks need not take part.
@@ -141,11 +143,12 @@ class Session:
 
     def _compiler(self, streamer: Streamer | None) -> Compile:
         """Generates code whose weights `streamer` brings; it keeps no reference to the session."""
-        device, callables, trusted_ops, distinct = self.device, self._callables, self._trusted_ops, self._guarded
+        device, callables, trusted_ops = self.device, self._callables, self._trusted_ops
+        distinct, guarded = self._distinct, self._guarded
 
         def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
             given = callables, trusted_ops, "graph", tactics, None, streamer
-            return compile_graph(graph, device, *given, distinct=distinct)
+            return compile_graph(graph, device, *given, distinct=distinct, guarded=guarded)
 
         return compiled
 
@@ -232,13 +235,17 @@ class Session:
         """`code` with other places for its values, see `Plan`."""
         given = self._callables, self._trusted_ops
         options: dict[str, Any] = {"tactics": code.tactics, "streamer": self.streamer, "stay": stay, "room": room}
-        return compile_graph(code.graph, self.device, *given, name="placed", distinct=self._guarded, **options)
+        return compile_graph(
+            code.graph, self.device, *given, name="placed", distinct=self._distinct, guarded=self._guarded, **options
+        )
 
     def probed(self, code: Code, probe: Callable[[], None]) -> Code:
         """`code` with a call of `probe` before the first node and after each, for measuring."""
         given = self._callables, self._trusted_ops
         options: dict[str, Any] = {"tactics": code.tactics, "probe": probe, "streamer": self.streamer}
-        return compile_graph(code.graph, self.device, *given, name="probed", distinct=self._guarded, **options)
+        return compile_graph(
+            code.graph, self.device, *given, name="probed", distinct=self._distinct, guarded=self._guarded, **options
+        )
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor], *empty: Any) -> list[Any]:
         """Run code of the graph; `empty`: as in `Code.run`."""

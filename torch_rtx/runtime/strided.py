@@ -15,6 +15,7 @@ _TOGETHER = {dtype: torch.uint8 for dtype in aten.DTYPES.values() if dtype.items
     dtype: dtype
     for dtype in (torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+Span = tuple[int, int]  # of addresses
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -62,6 +63,27 @@ def span_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     return min(starts), max(map(operator.add, starts, sizes))
 
 
+def span_in_memory(given: object) -> Span | None:
+    """[start, end) of a tensor's addresses; None for empty and sparse tensors and for other values."""
+    if not isinstance(given, torch.Tensor) or given.layout != torch.strided or not given.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(given.shape, given.stride(), strict=True))
+    return given.data_ptr(), given.data_ptr() + (last + 1) * given.element_size()
+
+
+def are_apart(written: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether each of the tensors `written` shares memory neither with another one of these nor with one of `others`,
+    as far as the first and last addresses of tensors tell."""
+    spans = [(span, True) for one in written if (span := span_in_memory(one)) is not None]
+    spans += [(span, False) for one in others if (span := span_in_memory(one)) is not None]
+    end, last = 0, 0  # of all that begin before, and of what is written
+    for (start, stop), is_written in sorted(spans):
+        if start < (end if is_written else last):
+            return False
+        end, last = max(end, stop), max(last, stop) if is_written else last
+    return True
+
+
 def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """As `restride`, with an address that is a multiple of ALIGNMENT, as kernels expect."""
     if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
@@ -70,9 +92,13 @@ def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
 
 
-def target_of(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from."""
-    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
+def target_of(tensor: torch.Tensor, strides: tuple[int, ...], free: bool = True) -> torch.Tensor:
+    """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from.
+
+    Args:
+        free: nothing else lies there.
+    """
+    if free and tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
