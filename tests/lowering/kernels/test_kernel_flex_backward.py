@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,13 +18,15 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
 from torch_rtx.lowering.kernels.attention_flex_backward import gradient_configs, gradient_kernel
+from torch_rtx.lowering.kernels.attention_tiles import in_order
+from torch_rtx.lowering.kernels.index import constant
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.op_work import FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
 from torch_rtx.targets import Target, arch_of
 
 SMALL = AttentionConfig(16, 16, 4, 1, 16)
-# Products overlap with what others wait for, as with wgmma.
-OVERLAPS = "both lists in one loop", "alibi, shared heads in two pieces"
+# Products begin before others need what they compute, as with wgmma.
+OVERLAPS = "both lists, rows without keys", "alibi, shared heads in two pieces"
 torch.manual_seed(1)
 SLOPES = torch.rand(4)
 IDS = (torch.arange(45) // 13).expand(2, 45).contiguous()
@@ -35,7 +38,7 @@ CALLS = {
     ),
     "documents, odd lengths": Call(mask_mod=document(IDS), sizes=(2, 2, 2, 33, 45, 16)),
     "alibi, shared heads in two pieces": Call(alibi(SLOPES), causal, (1, 4, 1, 40, 40, 24)),
-    "both lists in one loop": Call(
+    "both lists, rows without keys": Call(
         mask_mod=lambda b, h, q, k: (q >= k) & (q - k < 75) & (q != 5) & ((q < 128) | (q >= 160)),
         sizes=(1, 4, 2, 192, 128, 16),
         block=32,
@@ -73,6 +76,17 @@ def eager(call: Call, operands: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.autograd.grad(weighted(listed), given))
 
 
+@pytest.mark.parametrize("sizes", [(3, 6), (1, 7), (2, 16)])
+def test_order_of_programs(sizes: tuple[int, int]) -> None:
+    """Each block of each group has a program, and the first blocks of a few groups start before any other."""
+    groups = math.prod(sizes)
+    order = [str(one) for one in in_order(constant(5), tuple(map(constant, sizes)), 8)]
+    found = [tuple(eval(text, {"program": program}) for text in order) for program in range(5 * groups)]
+    assert sorted(found) == [(block, group) for block in range(5) for group in range(groups)]
+    near = max(divisor for divisor in range(1, 9) if groups % divisor == 0)
+    assert found[: near + 1] == [*((0, group) for group in range(near)), (1, 0)]
+
+
 def test_tiles_lie_within_blocks() -> None:
     """They are compiled for a target; and the gradient of keys that batches share, a sum over these, stays a call."""
     _, graph, given = gradients(Call(soft_cap, causal, (2, 2, 1, 128, 128, 64), 128))
@@ -81,6 +95,7 @@ def test_tiles_lie_within_blocks() -> None:
     assert all(128 % one.rows == 128 % one.keys == 0 for one in configs)
     with pytest.raises(Unsupported, match="divide"):
         gradient_kernel(region(body), "gradient", AttentionConfig(64, 96, 4, 1))
+    assert [one.num_stages for one in configs[:3]] == [2, 3, 3]  # the first shares a multiprocessor, which hides loads
     kernel = gradient_kernel(region(body), "gradient", configs[0])
     for built in compile_kernels([(kernel, Target(90))], workers=1).values():
         assert built.problem is None

@@ -30,7 +30,7 @@ class AttentionConfig:
     Attributes:
         min_first: fewest columns of the first of two pieces of a head, see `head_pieces`.
         input_precision: of operands in f32, see `float32_dots`.
-        overlaps: products start before what others of the same step wait for, which takes more registers.
+        overlaps: a product begins before others need its result, so that weights are computed meanwhile.
     """
 
     rows: int

@@ -90,7 +90,7 @@ class _FlexWriter(ForwardWriter):
         place = self.lead[:2] if attn.packed == 1 else (*self.group[:-1], ZERO)
         for lists in self.modified.lists:
             sizes = self.modified.size[1], self.config.keys, attn.keys
-            walk = Walk((lists,), place, variable("part"), *sizes, self.shares)
+            walk = Walk(lists, place, variable("part"), *sizes, self.shares)
             lines += walk.lines(self.block(masked=True))
             self.mask = None
         self.mask = attn.mask

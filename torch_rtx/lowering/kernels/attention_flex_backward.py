@@ -19,10 +19,10 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, Value, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention, attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, precisions_of
-from torch_rtx.lowering.kernels.attention_modified import MASKED, Modified, Walk
+from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
 from torch_rtx.lowering.kernels.attention_tiles import LOG2E, NEAR, Tiles, anchors_of, in_order
-from torch_rtx.lowering.kernels.emit import Axes, Operand, Scope, indent
+from torch_rtx.lowering.kernels.emit import Axes, Operand, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Gather, Load, Position, Tensor, View
@@ -37,44 +37,45 @@ REGISTERS = 65536  # of a multiprocessor
 
 
 def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
-    """Configurations that fit `arch`, the fastest first.
-
-    Of two stages a load begins right before it is waited for, so that only other programs of a multiprocessor hide it.
-    A tile has three where as many programs are resident with them.
-    """
+    """Configurations that fit `arch`, the fastest first: each tile with its best number of stages, then with others."""
     attn = attention_of(region)
     of_query = attn.op != FLEX_GRAD_KEY_VALUE
-    found = [one for one in _candidates(attn, of_query, arch) if _fits(attn, one, of_query, arch)]
-    if not found:
+    tiles = [found for tile in _tiles(attn, of_query, arch) if (found := _stages(attn, tile, of_query, arch))]
+    if not tiles:
         raise Unsupported(f"gradients of heads of {attn.width} elements on sm_{arch.sm}")
-
-    def exposed(config: AttentionConfig) -> tuple[int, int]:
-        programs = REGISTERS // (config.num_warps * 32 * MAX_REGISTERS)
-        return -min(programs, arch.shared // _shared(attn, config, of_query, arch)), -config.num_stages
-
-    tiles = dict[AttentionConfig, AttentionConfig]()  # with their number of stages, by what they are without
-    for one in found:
-        tile = replace(one, num_stages=1)
-        if one.num_stages > 1 and (tile not in tiles or exposed(one) < exposed(tiles[tile])):
-            tiles[tile] = one
-    return list(dict.fromkeys((*tiles.values(), *found)))
+    return [*(best for best, *_ in tiles), *(other for _, *others in tiles for other in others)]
 
 
-def _candidates(attn: Attention, of_query: bool, arch: Arch) -> list[AttentionConfig]:
-    is_wide, hopper = max(attn.width, attn.value_width) > 64, "wgmma" in arch.features
+def _tiles(attn: Attention, of_query: bool, arch: Arch) -> list[AttentionConfig]:
+    hopper, is_wide = "wgmma" in arch.features, max(attn.width, attn.value_width) > 64
     if attn.dtype == "f32":
         shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
-    elif not is_wide:
-        shapes = [(128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8), (64, 32, 4), (32, 32, 4)]
-    else:
+    elif is_wide:
         shapes = [(128, 64, 8), (64, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
+    elif hopper:
+        shapes = [(64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8), (64, 32, 4), (32, 32, 4)]
+    else:
+        shapes = [(128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8), (64, 32, 4), (32, 32, 4)]
     # The first number is that of what a program holds, the second that of what it goes over.
     ordered = [(held, other, warps) if of_query else (other, held, warps) for held, other, warps in shapes]
-    stages = (2, 3, 1) if "cp_async" in arch.features else (1,)
-    # Narrow heads have several programs per multiprocessor, which overlap with each other and share its registers.
-    overlaps = hopper and is_wide
-    found = [AttentionConfig(*shape, count, overlaps=overlaps) for count in stages for shape in ordered]
+    # Several programs with narrow heads share a multiprocessor. They overlap with each other, and need its registers.
+    found = [AttentionConfig(*shape, 1, overlaps=hopper and is_wide and not of_query) for shape in ordered]
     return [replace(config, input_precision=one) for one in precisions_of(attn, arch) for config in found]
+
+
+def _stages(attn: Attention, tile: AttentionConfig, of_query: bool, arch: Arch) -> list[AttentionConfig]:
+    """`tile` with each number of stages that fits, the best first.
+
+    With two a load begins right before it is waited for. What hides it is another program on the multiprocessor, or
+    where there is no room for one, a third stage.
+    """
+    counts: tuple[int, ...] = (1,)
+    if "cp_async" in arch.features:
+        shared = _shared(attn, replace(tile, num_stages=2), of_query, arch)
+        room = min(REGISTERS // (tile.num_warps * 32 * MAX_REGISTERS), arch.shared // shared)
+        counts = (2, 3, 1) if room > 1 else (3, 2, 1)
+    found = [replace(tile, num_stages=count) for count in counts]
+    return [one for one in found if _fits(attn, one, of_query, arch)]
 
 
 def _fits(attn: Attention, config: AttentionConfig, of_query: bool, arch: Arch) -> bool:
@@ -178,31 +179,15 @@ class _Writer(Tiles):
             self.tile(rows, name, loop)
             self._line(f"{short}{name[1:]} = {self.operand(tensor, rows, name, lead, row)}")
 
-    @property
-    def merges(self) -> bool:
-        """One loop goes over the blocks of both lists: what it loads for the second is not waited for. A mask applies
-        in a branch, before products begin that run while weights are computed."""
-        modified, full = self.modified, self.is_full("M") and self.is_full(self.of_keys)
-        is_masked = self.attn.mask is not None and len(modified.lists) == 2
-        plain = modified.score is None and self.attn.scale > 0  # minus infinity stays that
-        return self.config.overlaps and is_masked and plain and full
-
     def shift(self, axes: tuple[str, str]) -> None:
-        """The lines that load what is subtracted from the exponents of weights; `merges`: and hide scores."""
-        emitter = self.emitter
+        """The line that loads `shift`, what is subtracted from the exponents of weights."""
         self.tile(*axes, STEP)
-        saved = emitter.value(self.logsumexp, self.mask_at[:-1]).text
-        # The statistic of a query that sees no key is minus infinity, and its weights are 0.
-        some = f'tl.where({saved} == float("-inf"), 0, {saved})'
-        self._line(f"shift = {saved if self.modified.score is None else some}")
-        if self.merges:
-            assert self.mask is not None
-            around = emitter.scope
-            emitter.scope = Scope(known=dict(around.known))
-            seen = self.full(self.mask)
-            hide = [f's = tl.where({seen}, s, float("-inf"))', f"shift = {some}"]
-            around.lines += [f"if {MASKED}:", *indent([*emitter.scope.lines, *hide])]
-            emitter.scope = around
+        shift = self.emitter.value(self.logsumexp, self.mask_at[:-1]).text
+        if self.modified.score is not None:
+            # A query whose scores all are minus infinity has that for a statistic, and weights of 0. Those of one that
+            # sees no key become 0 by the mask.
+            shift = f'tl.where({shift} == float("-inf"), 0, {shift})'
+        self._line(f"shift = {shift}")
 
     def weights(self, axes: tuple[str, str]) -> None:
         """The lines that make weights `p` of the products `s`."""
@@ -212,7 +197,7 @@ class _Writer(Tiles):
         self.emitter.anchored[modified.leaf, self.mask_at] = scaled
         score = "s" if modified.score is None else self.full(modified.score)
         self._line(f"p = tl.exp2({score} * {self.factor!r} - shift)")
-        self.seen = "" if self.merges else self._seen()
+        self.seen = self._seen()
         if self.seen:
             self._line(f"p = tl.where({self.seen}, p, 0.0)")
 
@@ -248,10 +233,8 @@ class _Writer(Tiles):
         lines = list[str]()
         if not self.modified.lists:
             return [f"for start in range(0, {every}, {tile}):", *indent(self.step())]
-        if self.merges:
-            return Walk(self.modified.lists, lead, part, held, tile, every).lines(self.step())
         for lists in self.modified.lists:
-            lines += Walk((lists,), lead, part, held, tile, every).lines(self.step())
+            lines += Walk(lists, lead, part, held, tile, every).lines(self.step())
             self.mask = None
         self.mask = self.attn.mask
         return lines

@@ -196,37 +196,34 @@ def _place(axis: int, shape: Shape) -> Tensor:
     return Iota(shape, "i32", lambda position: position[axis])
 
 
-def address(tensor: Tensor, position: Position) -> str:
-    """The text of the address of one element, which may change in a loop.
+def element(tensor: Tensor, position: Position) -> str:
+    """The text that loads one element, which may change in a loop.
 
     Raises:
-        Unsupported: the element is computed.
+        Unsupported: it is computed.
     """
     while isinstance(tensor, View):
         position, tensor = tensor.at(position), tensor.source
     if not isinstance(tensor, Load) or tensor.anchor:
         raise Unsupported("lists of blocks that a kernel computes")
-    return f"{tensor.name} + ({linear(position, tensor.strides)})"
-
-
-MASKED = "step < masked"  # in a loop over two lists: the mask applies to the tile
+    return f"tl.load({tensor.name} + ({linear(position, tensor.strides)}))"
 
 
 class Walk:
-    """A loop over the tiles of the blocks in a list, or of those in one and then those in another.
+    """A loop over the tiles of the blocks in a list.
 
     Args:
         place: batch and head.
-        part: the block whose lists they are.
+        part: the block whose list it is.
         size: elements of a block.
         tile: elements of a tile, a divisor of `size`.
         every: all elements; a block behind them, which no list should have, becomes the last one.
-        shares: a program goes over one of so many equal parts of the list, `share`; None: over all, as with two lists.
+        shares: a program goes over one of so many equal parts of the list, `share`; None: over all.
     """
 
     def __init__(
         self,
-        lists: Sequence[Lists],
+        lists: Lists,
         place: Position,
         part: Index,
         size: int,
@@ -234,31 +231,24 @@ class Walk:
         every: Index,
         shares: int | None = None,
     ) -> None:
-        if any(one.indices.shape[-1] == ZERO for one in lists):
+        if lists.indices.shape[-1] == ZERO:
             raise Unsupported("lists without places")
         self.lists, self.place = lists, (*place, part)
         self.size, self.tile, self.every, self.shares = size, tile, every, shares
 
     def lines(self, body: list[str]) -> list[str]:
         """The loop around the lines of a tile, which begins at `start`."""
-        per, places = self.size // self.tile, self.lists[0].indices.shape[-1]
+        per, places = self.size // self.tile, self.lists.indices.shape[-1]
         begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
         after = "step + 1" if per == 1 else f"(step + 1) // {per}"
-        last = f"tl.minimum({after}, {places} - 1)"
-        counts = [
-            f"tl.minimum(tl.load({address(one.count, self.place)}), {one.indices.shape[-1]})" for one in self.lists
-        ]
-        lines = [f"count = {counts[0]}", "slot = 0"]
-        if len(counts) == 2:
-            lines += ["edge = count", f"masked = edge * {per}", f"count += {counts[1]}"]
-            last = after
+        lines = [f"count = tl.minimum({element(self.lists.count, self.place)}, {places})", "slot = 0"]
         if self.shares is not None:
             lines.append(f"begin = count * share // {self.shares}")
             lines += [
                 f"count = count * (share + 1) // {self.shares} - begin",
                 f"slot = tl.minimum(begin, {places} - 1)",
             ]
-            last = f"tl.minimum(begin + {after}, {places} - 1)"
+            after = f"begin + {after}"
         return [
             *lines,
             f"block = {self._block('slot')}",
@@ -267,17 +257,13 @@ class Walk:
                 [
                     f"start = {begin}",
                     *body,
-                    f"later = {last}",  # the next block is asked for before it is needed
+                    f"later = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
                     f"block = {self._block('later')}",
                 ]
             ),
         ]
 
     def _block(self, slot: str) -> str:
-        first, *others = (one.indices for one in self.lists)
-        place = address(first, (*self.place, variable(slot)))
-        for second in others:
-            behind = variable(f"tl.minimum({slot} - edge, {second.shape[-1]} - 1)")
-            place = f"tl.where({slot} < edge, {place}, {address(second, (*self.place, behind))})"
         last = (self.every - ONE) // constant(self.size)
-        return f"tl.minimum(tl.maximum(tl.load({place}), 0), {last}) * {self.size}"
+        found = element(self.lists.indices, (*self.place, variable(slot)))
+        return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"
