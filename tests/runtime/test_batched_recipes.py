@@ -86,12 +86,17 @@ EXACT = {
 @pytest.mark.parametrize("calls", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("layout", ["f32[5, 7]", "f32[5, 7](1, 5)"])
 def test_bits_of_each_alone(calls: str, layout: str) -> None:
+    check_bits(calls, layout, CPU)
+
+
+def check_bits(calls: str, layout: str, device: torch.device) -> None:
+    """Those of a recipe whose input has this type."""
     single = recipe(calls, layout)
     graph = batched(single)
     assert graph is not None
-    one, all_ = compile_graph(single, CPU), compile_graph(graph, CPU)
-    members = [torch.randn(5, 7) * 10.0**power for power in (-6, 0, 0, 1, 30)]
-    members[2].view(-1)[: len(EDGES)] = EDGES
+    one, all_ = compile_graph(single, device), compile_graph(graph, device)
+    members = [torch.randn(5, 7, device=device) * 10.0**power for power in (-6, 0, 0, 1, 30)]
+    members[2].view(-1)[: len(EDGES)] = EDGES.to(device)
     if "(1, 5)" in layout:
         members = [member.t().contiguous().t() for member in members]
     (results,) = all_([recipes._stacked(tuple(members))], ())
