@@ -184,9 +184,11 @@ class _Batch:
         return TensorType(type_.dtype, (self.size, *type_.shape), (step, *type_.strides))
 
     def emit(self, op: str, type_: TensorType, args: dict[str, Attr]) -> Value:
-        """The result of a call. Arguments are in the order of the schema."""
+        """The result of a call."""
         value = Value(f"{self.prefix}{len(self.nodes)}", type_)
-        ordered = tuple((name, args[name]) for name in aten.schema(aten.overload(op)) if name in args)
+        order = list(aten.schema(aten.overload(op)))
+        known = sorted(args.keys() & order, key=order.index)
+        ordered = tuple((name, args[name]) for name in (*known, *(args.keys() - known)))  # others are an error later
         self.nodes.append(Node("op", op, ordered, (value,)))
         return value
 

@@ -17,7 +17,7 @@ from torch_rtx.ir import Graph, TensorType, Weight, attr_values
 from torch_rtx.runtime.batched_recipes import batched
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
-from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.joint_recipes import groups_of, joint
 from torch_rtx.runtime.recipe_forms import form_of
 
 # Bytes of all values at one time while recipes run together. To launch what larger recipes do takes less than to do it.
@@ -59,23 +59,44 @@ class Recipes:
 
     def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
         self._weights, self._device = weights, device
-        self._forms: dict[Hashable, Form] = {}
-        self._known: dict[Group, Form] = {}
+        self._keys: dict[int, Hashable] = {}
+        self._forms: dict[Hashable, Form | None] = {}
+        self._known: dict[Group, Form | None] = {}
+
+    def key(self, index: int) -> Hashable:
+        """Equal for weights, which have recipes, that are made in the same way."""
+        if index not in self._keys:
+            self._keys[index] = form_of(self._recipe(index))
+        return self._keys[index]
+
+    def _recipe(self, index: int) -> Graph:
+        recipe = self._weights[index].recipe
+        assert recipe is not None
+        return recipe
+
+    def _form(self, group: Group) -> Form | None:
+        """The form of the recipe that makes this group; None: no joint recipe does."""
+        if group not in self._known:
+            key = tuple(map(self.key, group))
+            if key not in self._forms:
+                recipes = list(map(self._recipe, group))
+                recipe = joint(recipes) if len(recipes) > 1 else recipes[0]
+                self._forms[key] = None if recipe is None else Form(recipe, self._device)
+            self._known[group] = self._forms[key]
+        return self._known[group]
 
     @cached_property
-    def _joint(self) -> dict[Group, Graph]:
-        return dict(joint_recipes(self._weights))
-
-    @cached_property
-    def _beside(self) -> dict[int, Group]:
-        return {index: group for group in self._joint for index in group}
+    def _joint(self) -> dict[int, Group]:
+        """By index, all that the joint recipe of a weight makes."""
+        return {index: group for group in groups_of(self._weights) if self._form(group) for index in group}
 
     def batches(self, indices: Iterable[int]) -> Iterator[Sequence[Group]]:
         """What makes these weights, which have recipes: one batch after another for `run`. A group has all weights that
         one recipe makes, which may be more."""
         forms: dict[Form, list[Group]] = {}
-        for group in dict.fromkeys(self._beside.get(index, (index,)) for index in indices):
-            forms.setdefault(self._form(group), []).append(group)
+        for group in dict.fromkeys(self._joint.get(index, (index,)) for index in indices):
+            if form := self._form(group):
+                forms.setdefault(form, []).append(group)
         for form, groups in forms.items():
             yield from form.batches(groups)
 
@@ -86,20 +107,11 @@ class Recipes:
             inputs: of each group, the tensors of its parameters.
         """
         form = self._form(batch[0])
+        assert form is not None
         results = _together(form, inputs) if len(batch) > 1 else None
         if results is None:
             results = [form.code(own, ()) for own in inputs]
         return {i: one for group, made in zip(batch, results, strict=True) for i, one in zip(group, made, strict=True)}
-
-    def _form(self, group: Group) -> Form:
-        if group not in self._known:
-            recipe = self._joint[group] if len(group) > 1 else self._weights[group[0]].recipe
-            assert recipe is not None
-            key = form_of(recipe)
-            if key not in self._forms:
-                self._forms[key] = Form(recipe, self._device)
-            self._known[group] = self._forms[key]
-        return self._known[group]
 
 
 def _together(form: Form, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]] | None:
