@@ -208,6 +208,8 @@ def test_batches_are_bounded(layers: tuple[nn.Module, Graph], monkeypatch: pytes
         store.refit(tensors_of(model), strict=False)
         alone = [store._make(index, tensors_of(model)) for index in range(len(graph.weights))]
         assert all(map(same_bits, store.values, alone))
+    monkeypatch.setattr(recipes, "MAX_STACKED", 3000)  # of 32 KB, and about ten calls
+    assert max(len(batch) for batch in Recipes(graph.weights, CPU).batches(own)) == 1
     assert taken == {1: [1] * 4, 500_000: [2, 2], 1 << 28: [4]}
 
 

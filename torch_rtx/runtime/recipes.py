@@ -13,15 +13,17 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES
-from torch_rtx.ir import Graph, TensorType, Weight, attr_values
+from torch_rtx.ir import Graph, TensorType, Value, Weight, attr_values
 from torch_rtx.runtime.batched_recipes import batched
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.joint_recipes import groups_of, joint
 from torch_rtx.runtime.recipe_forms import form_of
 
-# Bytes of all values at one time while recipes run together. To launch what larger recipes do takes less than to do it.
+# Bytes of all values at one time while recipes run together.
 MAX_BYTES = 1 << 28
+# Bytes of a recipe's inputs for each of its calls: to stack more takes a GPU longer than the host takes for the call.
+MAX_STACKED = 1 << 22
 Group = tuple[int, ...]  # weights, by index, that one recipe makes
 
 
@@ -29,7 +31,11 @@ class Form:
     """A recipe, and all others that differ in the names of values alone."""
 
     def __init__(self, recipe: Graph, device: torch.device) -> None:
-        self._recipe, self._device, self._most = recipe, device, max(1, MAX_BYTES // max(1, most_bytes(recipe)))
+        self._recipe, self._device = recipe, device
+        views = aten.bases(recipe)
+        calls = sum(any(value.name not in views for value in node.results) for node in recipe.nodes)
+        pays = sum(map(_bytes, recipe.inputs)) <= MAX_STACKED * calls
+        self._most = max(1, MAX_BYTES // max(1, most_bytes(recipe))) if pays else 1
 
     @cached_property
     def code(self) -> Code:
@@ -136,12 +142,18 @@ def most_bytes(recipe: Graph) -> int:
     made += [(step, value) for step, node in enumerate(recipe.nodes) for value in node.results]
     change = [0] * (len(recipe.nodes) + 2)  # of the bytes, at each step, the first of which takes the inputs
     for step, value in made:
-        if value.name not in bases and isinstance(type_ := value.type, TensorType):
-            size = aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
-            change[step + 1] += size
+        if value.name not in bases:
+            change[step + 1] += _bytes(value)
             if last.get(value.name, step) + 2 < len(change):
-                change[last.get(value.name, step) + 2] -= size
+                change[last.get(value.name, step) + 2] -= _bytes(value)
     return max(accumulate(change))
+
+
+def _bytes(value: Value) -> int:
+    type_ = value.type
+    if not isinstance(type_, TensorType):
+        return 0
+    return aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
 
 
 def _stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
