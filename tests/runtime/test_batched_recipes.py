@@ -72,7 +72,7 @@ EXACT = {
     "sums of integers": """
         i: i8[5, 7] = op aten._to_copy.default(self=w, dtype='i8')
         s: i64[7] = op aten.sum.dim_IntList(self=i, dim=[0])
-        l: i64[()] = op aten.amin.default(self=s)
+        l: i64[()] = op aten.amin.default(self=s, dim=0)
         u: i64[1] = op aten.unsqueeze.default(self=l, dim=0)
         c: i64[8] = op aten.cat.default(tensors=[s, u])""",
     "channels last": """
@@ -130,6 +130,12 @@ def test_others_run_one_by_one(calls: str) -> None:
     single = recipe(calls)
     compile_graph(single, CPU)([torch.ones(5, 7)], ())  # it is a recipe, however
     assert batched(single) is None
+
+
+def test_expanded_parameters_are_not_stacked() -> None:
+    negated = "n: f32[5, 7] = op aten.neg.default(self=w)"
+    assert batched(recipe(negated)) is not None
+    assert batched(recipe(negated, "f32[5, 7](0, 1)")) is None
 
 
 class Calls(TorchDispatchMode):

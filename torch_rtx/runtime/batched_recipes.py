@@ -15,6 +15,7 @@ Of several NaNs with different bits, PyTorch may choose any one, for one recipe 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch_rtx import aten
@@ -56,7 +57,7 @@ def batched(recipe: Graph) -> Graph | None:
     members. None: some call is not known to give each member the bits that it has alone, or a result lies in the memory
     of a parameter."""
     values = list(recipe.values())
-    if not is_separate(recipe) or not all(map(_is_plain, values)):
+    if not is_separate(recipe) or not all(map(_is_plain, values)) or not all(map(_is_dense, recipe.inputs)):
         return None
     prefix = "batch"
     while any(value.name.startswith(prefix) for value in values):
@@ -76,6 +77,12 @@ def _is_plain(value: Value) -> bool:
     if not isinstance(type_, TensorType) or type_.device != MAIN or DTYPES[type_.dtype].kind == COMPLEX:
         return False
     return all(isinstance(dim, int) for dim in (*type_.shape, *type_.strides))
+
+
+def _is_dense(value: Value) -> bool:
+    """Every element has memory of its own, so that a stack can be written."""
+    type_ = _tensor(value)
+    return aten.extent(type_.shape, type_.strides) == math.prod(type_.shape)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -145,7 +152,7 @@ class _Batch:
             args |= {"dims": (0, *dims)}
         elif node.op in _SIZED:
             args |= {"size": type_.shape}
-        elif node.op in (_LEAST, _MOST, _SUM) and not node.arg("dim"):
+        elif node.op in (_LEAST, _MOST, _SUM) and node.arg("dim", ()) in ((), None):
             args |= {"dim": tuple(range(1, rank + 1))}
         else:
             args |= {name: _behind(node.arg(name, default)) for name, default in _AXES.get(node.op, {}).items()}
