@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import torch_rtx
 from torch_rtx.quantization import PRESETS, quantize
+from torch_rtx.runtime.watch import same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -82,3 +83,23 @@ def test_layers_on_two_devices() -> None:
         quantize(model, preset, lambda model: model(x))  # noqa: B023
         assert {buffer.device.type for buffer in model.far.buffers()} == {"cuda"}
         assert (model(x) - wanted).norm() < 0.2 * wanted.norm()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_layers_are_quantized_together(preset: str) -> None:
+    """With the bits that each has alone, also of zeros and of numbers of every size."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(*sizes) for _ in range(5) for sizes in ((256, 384), (384, 256))]
+    for power, layer in enumerate(layers):
+        layer.weight.data *= 2.0 ** (power - 5)
+        layer.weight.data[power, :9] = torch.tensor([0.0, -0.0, 1e-7, -1e-5, 3.5, -60000, 448, 2.5, -0.5])
+    model, x = nn.Sequential(*layers).to("cuda", torch.float16).eval(), torch.randn(8, 256).to("cuda", torch.float16)
+    with torch.no_grad():
+        quantize(model, preset, lambda model: [layer(torch.randn_like(layer.weight[:8])) for layer in model])
+        engine = torch_rtx.compile(model, (x,), settings=torch_rtx.CompilationSettings(targets="later"))
+    store, given = engine._store, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    batches = [len(batch) for batch in store._recipes.batches(i for i, w in enumerate(store.weights) if w.recipe)]
+    assert preset == "int8_rotated" or max(batches) >= 5  # which multiplies by Hadamard matrices
+    store.refit(given, strict=False)
+    for index, value in enumerate(store.values):
+        assert same_bits(value, store._make(index, given)), store.weights[index].names

@@ -72,7 +72,7 @@ EXACT = {
     "sums of integers": """
         i: i8[5, 7] = op aten._to_copy.default(self=w, dtype='i8')
         s: i64[7] = op aten.sum.dim_IntList(self=i, dim=[0])
-        l: i64[()] = op aten.amin.default(self=s)
+        l: i64[()] = op aten.amin.default(self=s, dim=0)
         u: i64[1] = op aten.unsqueeze.default(self=l, dim=0)
         c: i64[8] = op aten.cat.default(tensors=[s, u])""",
     "channels last": """
@@ -86,12 +86,17 @@ EXACT = {
 @pytest.mark.parametrize("calls", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("layout", ["f32[5, 7]", "f32[5, 7](1, 5)"])
 def test_bits_of_each_alone(calls: str, layout: str) -> None:
+    check_bits(calls, layout, CPU)
+
+
+def check_bits(calls: str, layout: str, device: torch.device) -> None:
+    """Those of a recipe whose input has this type."""
     single = recipe(calls, layout)
     graph = batched(single)
     assert graph is not None
-    one, all_ = compile_graph(single, CPU), compile_graph(graph, CPU)
-    members = [torch.randn(5, 7) * 10.0**power for power in (-6, 0, 0, 1, 30)]
-    members[2].view(-1)[: len(EDGES)] = EDGES
+    one, all_ = compile_graph(single, device), compile_graph(graph, device)
+    members = [torch.randn(5, 7, device=device) * 10.0**power for power in (-6, 0, 0, 1, 30)]
+    members[2].view(-1)[: len(EDGES)] = EDGES.to(device)
     if "(1, 5)" in layout:
         members = [member.t().contiguous().t() for member in members]
     (results,) = all_([recipes._stacked(tuple(members))], ())
@@ -125,6 +130,12 @@ def test_others_run_one_by_one(calls: str) -> None:
     single = recipe(calls)
     compile_graph(single, CPU)([torch.ones(5, 7)], ())  # it is a recipe, however
     assert batched(single) is None
+
+
+def test_expanded_parameters_are_not_stacked() -> None:
+    negated = "n: f32[5, 7] = op aten.neg.default(self=w)"
+    assert batched(recipe(negated)) is not None
+    assert batched(recipe(negated, "f32[5, 7](0, 1)")) is None
 
 
 class Calls(TorchDispatchMode):
@@ -203,6 +214,8 @@ def test_batches_are_bounded(layers: tuple[nn.Module, Graph], monkeypatch: pytes
         store.refit(tensors_of(model), strict=False)
         alone = [store._make(index, tensors_of(model)) for index in range(len(graph.weights))]
         assert all(map(same_bits, store.values, alone))
+    monkeypatch.setattr(recipes, "MAX_STACKED", 3000)  # of 32 KB, and about ten calls
+    assert max(len(batch) for batch in Recipes(graph.weights, CPU).batches(own)) == 1
     assert taken == {1: [1] * 4, 500_000: [2, 2], 1 << 28: [4]}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import torch_rtx
 from tests.helpers.ahead import IMAGE, Net
+from tests.runtime.test_batched_recipes import EXACT, check_bits
 from torch_rtx import RuntimeSettings
 from torch_rtx.runtime.watch import DeviceSample
 from torch_rtx.runtime.weights import WeightStore
@@ -228,3 +229,9 @@ def test_unloading_while_streams_call() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("layout", ["f32[5, 7]", "f32[5, 7](1, 5)"])
+@pytest.mark.parametrize("calls", EXACT.values(), ids=EXACT)
+def test_recipes_that_run_together_give_the_bits_of_each_alone(calls: str, layout: str) -> None:
+    check_bits(calls, layout, torch.device("cuda", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch_rtx.ir import Graph, Weight
 from torch_rtx.irparse import parse
 from torch_rtx.quantization import quantize
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.joint_recipes import groups_of, joint
 from torch_rtx.runtime.recipes import Recipes
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
@@ -33,7 +34,7 @@ ROWS = f"{SIZE}\ns: f32[2] = op aten.select.int(self=m, dim=1, index=0)"
 
 
 def weight(calls: str) -> Weight:
-    """A weight that these calls make of a parameter w, f32[2, 2]."""
+    """What these calls make of a parameter w, f32[2, 2]."""
     lines = calls.splitlines()
     name, _, rest = lines[-1].partition(": ")
     body = "".join(f"    {line}\n" for line in ("input w: f32[2, 2]", *lines, f"return [{name}]"))
@@ -41,33 +42,42 @@ def weight(calls: str) -> Weight:
     return parse(f"graph fused {{\n{head}{body}  }}\n  return [{name}]\n}}").weights[0]
 
 
+def recipes_of(weights: Sequence[Weight]) -> list[Graph]:
+    return [one.recipe for one in weights if one.recipe is not None]
+
+
+def of_all(*calls: str) -> Graph:
+    """The joint recipe of these weights."""
+    made = joint(recipes_of(list(map(weight, calls))))
+    assert made is not None
+    return made
+
+
 def test_equal_calls_run_once() -> None:
     made = [weight(SIZE), weight(CODES)]
-    ((indices, joint),) = joint_recipes(made)
-    assert indices == (0, 1)
-    assert [node.op.split(".")[1] for node in joint.nodes] == ["abs", "amax", "div", "round"]
+    assert groups_of(made) == [(0, 1)]
+    both = of_all(SIZE, CODES)
+    assert [node.op.split(".")[1] for node in both.nodes] == ["abs", "amax", "div", "round"]
     w = torch.randn(2, 2)
-    for mine, own in zip(compile_graph(joint, CPU)([w], ()), made, strict=True):
-        assert own.recipe is not None
-        assert torch.equal(mine, compile_graph(own.recipe, CPU)([w], ())[0])
+    for mine, own in zip(compile_graph(both, CPU)([w], ()), recipes_of(made), strict=True):
+        assert torch.equal(mine, compile_graph(own, CPU)([w], ())[0])
 
 
 def test_zeros_of_both_signs_are_different_arguments() -> None:
-    signs = [f"t: f32[2, 2] = op aten.add.Tensor(self=w, other={zero})" for zero in (0.0, -0.0)]
-    ((_, joint),) = joint_recipes(list(map(weight, signs)))
-    results = compile_graph(joint, CPU)([torch.full((2, 2), -0.0)], ())
+    both = of_all(*(f"t: f32[2, 2] = op aten.add.Tensor(self=w, other={zero})" for zero in (0.0, -0.0)))
+    results = compile_graph(both, CPU)([torch.full((2, 2), -0.0)], ())
     assert [result.signbit().all().item() for result in results] == [False, True]
 
 
 def test_numbers_are_drawn_for_each() -> None:
-    ((_, joint),) = joint_recipes([weight(DRAWN), weight(DRAWN)])
-    first, second = compile_graph(joint, CPU)([torch.zeros(2, 2)], ())
+    first, second = compile_graph(of_all(DRAWN, DRAWN), CPU)([torch.zeros(2, 2)], ())
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("recipes", [(CODES, VIEW), (SIZE, ROWS), (SIZE, SIZE), (CODES,)])
+@pytest.mark.parametrize("recipes", [(CODES, VIEW), (SIZE, ROWS), (SIZE, SIZE)])
 def test_results_that_would_share_memory_stay_apart(recipes: tuple[str, ...]) -> None:
-    assert joint_recipes(list(map(weight, recipes))) == []
+    assert joint(recipes_of(list(map(weight, recipes)))) is None
+    assert groups_of([weight(CODES)]) == []
 
 
 @pytest.mark.parametrize("config", ["int8_dynamic"])
@@ -77,10 +87,11 @@ def test_codes_and_scales_are_made_together(config: str, monkeypatch: pytest.Mon
     settings = CompilationSettings(device="cuda", targets="later")
     graph = torch_rtx.compile(model, (torch.randn(3, 128).half(),), settings=settings).engine.graph
     compiled = list[str]()
-    ((group, joint),) = joint_recipes(graph.weights)
+    (group,) = groups_of(graph.weights)
+    both = joint(recipes_of([graph.weights[index] for index in group]))
 
     def recorded(graph: Graph, *args: Any, **options: Any) -> Any:
-        compiled.append("joint" if graph == joint else "single")
+        compiled.append("joint" if graph == both else "single")
         return compile_graph(graph, *args, **options)
 
     monkeypatch.setattr("torch_rtx.runtime.recipes.compile_graph", recorded)

@@ -15,6 +15,7 @@ Of several NaNs with different bits, PyTorch may choose any one, for one recipe 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch_rtx import aten
@@ -56,7 +57,7 @@ def batched(recipe: Graph) -> Graph | None:
     members. None: some call is not known to give each member the bits that it has alone, or a result lies in the memory
     of a parameter."""
     values = list(recipe.values())
-    if not is_separate(recipe) or not all(map(_is_plain, values)):
+    if not is_separate(recipe) or not all(map(_is_plain, values)) or not all(map(_is_dense, recipe.inputs)):
         return None
     prefix = "batch"
     while any(value.name.startswith(prefix) for value in values):
@@ -76,6 +77,12 @@ def _is_plain(value: Value) -> bool:
     if not isinstance(type_, TensorType) or type_.device != MAIN or DTYPES[type_.dtype].kind == COMPLEX:
         return False
     return all(isinstance(dim, int) for dim in (*type_.shape, *type_.strides))
+
+
+def _is_dense(value: Value) -> bool:
+    """Every element has memory of its own, so that a stack can be written."""
+    type_ = _tensor(value)
+    return aten.extent(type_.shape, type_.strides) == math.prod(type_.shape)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -145,7 +152,7 @@ class _Batch:
             args |= {"dims": (0, *dims)}
         elif node.op in _SIZED:
             args |= {"size": type_.shape}
-        elif node.op in (_LEAST, _MOST, _SUM) and not node.arg("dim"):
+        elif node.op in (_LEAST, _MOST, _SUM) and node.arg("dim", ()) in ((), None):
             args |= {"dim": tuple(range(1, rank + 1))}
         else:
             args |= {name: _behind(node.arg(name, default)) for name, default in _AXES.get(node.op, {}).items()}
@@ -184,9 +191,11 @@ class _Batch:
         return TensorType(type_.dtype, (self.size, *type_.shape), (step, *type_.strides))
 
     def emit(self, op: str, type_: TensorType, args: dict[str, Attr]) -> Value:
-        """The result of a call. Arguments are in the order of the schema."""
+        """The result of a call."""
         value = Value(f"{self.prefix}{len(self.nodes)}", type_)
-        ordered = tuple((name, args[name]) for name in aten.schema(aten.overload(op)) if name in args)
+        order = list(aten.schema(aten.overload(op)))
+        known = sorted(args.keys() & order, key=order.index)
+        ordered = tuple((name, args[name]) for name in (*known, *(args.keys() - known)))  # others are an error later
         self.nodes.append(Node("op", op, ordered, (value,)))
         return value
 

@@ -12,17 +12,20 @@ from torch_rtx.ir import Attr, Graph, Node, Value, Weight, attr_map, attr_values
 from torch_rtx.runtime.recipe_forms import call_form
 
 
-def joint_recipes(weights: Sequence[Weight]) -> list[tuple[tuple[int, ...], Graph]]:
-    """The weights of which a recipe makes several, by index, with that recipe. It returns them in this order, each in
-    memory of its own, and takes the parameters as the recipe of the first one does."""
+def groups_of(weights: Sequence[Weight]) -> list[tuple[int, ...]]:
+    """The weights, by index, that recipes make of the same parameters, where these are several."""
     found: dict[tuple[str, ...], list[int]] = {}
     for index, weight in enumerate(weights):
         if weight.recipe is not None:
             found.setdefault(weight.names, []).append(index)
-    groups = (tuple(indices) for indices in found.values() if len(indices) > 1)
-    recipes = {index: weight.recipe for index, weight in enumerate(weights) if weight.recipe is not None}
-    joint = ((group, _joined([recipes[index] for index in group])) for group in groups)
-    return [(group, recipe) for group, recipe in joint if is_separate(recipe)]
+    return [tuple(indices) for indices in found.values() if len(indices) > 1]
+
+
+def joint(recipes: Sequence[Graph]) -> Graph | None:
+    """A recipe that takes the inputs of the first one and returns what each of them makes, each in memory of its own.
+    None: some results would share memory with one another, or with a parameter."""
+    recipe = _joined(recipes)
+    return recipe if is_separate(recipe) else None
 
 
 def _joined(recipes: Sequence[Graph]) -> Graph:

@@ -6,7 +6,7 @@ the same parameters, the second one borrows what the first one computed, and the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -78,9 +78,4 @@ class Loan:
 
 def _origin(weight: Weight) -> object:
     """Equal for weights of one value: what it is made of, and how."""
-    return weight.names, made_by(weight)
-
-
-def made_by(weight: Weight) -> Hashable:
-    """Equal for weights that are made of their parameters the same way."""
-    return weight.value.type, None if weight.recipe is None else form_of(weight.recipe)
+    return weight.names, weight.value.type, None if weight.recipe is None else form_of(weight.recipe)

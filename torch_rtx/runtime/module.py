@@ -43,7 +43,7 @@ from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.shards import local, parts_of
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
-from torch_rtx.runtime.strided import copy_strided
+from torch_rtx.runtime.strided import copy_strided, overwrite_all
 from torch_rtx.runtime.subclasses import plain_tensors
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weight_match import match
@@ -506,9 +506,7 @@ def refit_module_weights(module: _Module, weights: WeightSource) -> _Module:
     if isinstance(weights, nn.Module) and not is_onnx(weights):
         given = {name: given[name] for name in plain_tensors(weights.state_dict(keep_vars=True)) if name in given}
     found = match(parameters, given, ())
-    with torch.no_grad():
-        for parameter, tensor in zip(parameters, found, strict=True):
-            state[parameter.name].copy_(tensor)
+    overwrite_all([state[parameter.name] for parameter in parameters], found)
     return module
 
 

@@ -13,15 +13,17 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES
-from torch_rtx.ir import Graph, TensorType, Weight, attr_values
+from torch_rtx.ir import Graph, TensorType, Value, Weight, attr_values
 from torch_rtx.runtime.batched_recipes import batched
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
-from torch_rtx.runtime.joint_recipes import joint_recipes
+from torch_rtx.runtime.joint_recipes import groups_of, joint
 from torch_rtx.runtime.recipe_forms import form_of
 
-# Bytes of all values at one time while recipes run together. To launch what larger recipes do takes less than to do it.
+# Bytes of all values at one time while recipes run together.
 MAX_BYTES = 1 << 28
+# Bytes of a recipe's inputs for each of its calls: to stack more takes a GPU longer than the host takes for the call.
+MAX_STACKED = 1 << 22
 Group = tuple[int, ...]  # weights, by index, that one recipe makes
 
 
@@ -29,7 +31,11 @@ class Form:
     """A recipe, and all others that differ in the names of values alone."""
 
     def __init__(self, recipe: Graph, device: torch.device) -> None:
-        self._recipe, self._device, self._most = recipe, device, max(1, MAX_BYTES // max(1, most_bytes(recipe)))
+        self._recipe, self._device = recipe, device
+        views = aten.bases(recipe)
+        calls = sum(any(value.name not in views for value in node.results) for node in recipe.nodes)
+        pays = sum(map(_bytes, recipe.inputs)) <= MAX_STACKED * calls
+        self._most = max(1, MAX_BYTES // max(1, most_bytes(recipe))) if pays else 1
 
     @cached_property
     def code(self) -> Code:
@@ -59,23 +65,44 @@ class Recipes:
 
     def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
         self._weights, self._device = weights, device
-        self._forms: dict[Hashable, Form] = {}
-        self._known: dict[Group, Form] = {}
+        self._keys: dict[int, Hashable] = {}
+        self._forms: dict[Hashable, Form | None] = {}
+        self._known: dict[Group, Form | None] = {}
+
+    def key(self, index: int) -> Hashable:
+        """Equal for weights, which have recipes, that are made in the same way."""
+        if index not in self._keys:
+            self._keys[index] = form_of(self._recipe(index))
+        return self._keys[index]
+
+    def _recipe(self, index: int) -> Graph:
+        recipe = self._weights[index].recipe
+        assert recipe is not None
+        return recipe
+
+    def _form(self, group: Group) -> Form | None:
+        """The form of the recipe that makes this group; None: no joint recipe does."""
+        if group not in self._known:
+            key = tuple(map(self.key, group))
+            if key not in self._forms:
+                recipes = list(map(self._recipe, group))
+                recipe = joint(recipes) if len(recipes) > 1 else recipes[0]
+                self._forms[key] = None if recipe is None else Form(recipe, self._device)
+            self._known[group] = self._forms[key]
+        return self._known[group]
 
     @cached_property
-    def _joint(self) -> dict[Group, Graph]:
-        return dict(joint_recipes(self._weights))
-
-    @cached_property
-    def _beside(self) -> dict[int, Group]:
-        return {index: group for group in self._joint for index in group}
+    def _joint(self) -> dict[int, Group]:
+        """By index, all that the joint recipe of a weight makes."""
+        return {index: group for group in groups_of(self._weights) if self._form(group) for index in group}
 
     def batches(self, indices: Iterable[int]) -> Iterator[Sequence[Group]]:
         """What makes these weights, which have recipes: one batch after another for `run`. A group has all weights that
         one recipe makes, which may be more."""
         forms: dict[Form, list[Group]] = {}
-        for group in dict.fromkeys(self._beside.get(index, (index,)) for index in indices):
-            forms.setdefault(self._form(group), []).append(group)
+        for group in dict.fromkeys(self._joint.get(index, (index,)) for index in indices):
+            if form := self._form(group):
+                forms.setdefault(form, []).append(group)
         for form, groups in forms.items():
             yield from form.batches(groups)
 
@@ -86,20 +113,11 @@ class Recipes:
             inputs: of each group, the tensors of its parameters.
         """
         form = self._form(batch[0])
+        assert form is not None
         results = _together(form, inputs) if len(batch) > 1 else None
         if results is None:
             results = [form.code(own, ()) for own in inputs]
         return {i: one for group, made in zip(batch, results, strict=True) for i, one in zip(group, made, strict=True)}
-
-    def _form(self, group: Group) -> Form:
-        if group not in self._known:
-            recipe = self._joint[group] if len(group) > 1 else self._weights[group[0]].recipe
-            assert recipe is not None
-            key = form_of(recipe)
-            if key not in self._forms:
-                self._forms[key] = Form(recipe, self._device)
-            self._known[group] = self._forms[key]
-        return self._known[group]
 
 
 def _together(form: Form, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]] | None:
@@ -124,12 +142,18 @@ def most_bytes(recipe: Graph) -> int:
     made += [(step, value) for step, node in enumerate(recipe.nodes) for value in node.results]
     change = [0] * (len(recipe.nodes) + 2)  # of the bytes, at each step, the first of which takes the inputs
     for step, value in made:
-        if value.name not in bases and isinstance(type_ := value.type, TensorType):
-            size = aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
-            change[step + 1] += size
+        if value.name not in bases:
+            change[step + 1] += _bytes(value)
             if last.get(value.name, step) + 2 < len(change):
-                change[last.get(value.name, step) + 2] -= size
+                change[last.get(value.name, step) + 2] -= _bytes(value)
     return max(accumulate(change))
+
+
+def _bytes(value: Value) -> int:
+    type_ = value.type
+    if not isinstance(type_, TensorType):
+        return 0
+    return aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
 
 
 def _stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import undisturbed
 from torch_rtx.runtime.gate import Gate
 from torch_rtx.runtime.leases import Leases
-from torch_rtx.runtime.loan import Loan, made_by
+from torch_rtx.runtime.loan import Loan
 from torch_rtx.runtime.recipes import Group, Recipes
 from torch_rtx.runtime.streaming import Streamer
 from torch_rtx.runtime.strided import compact, overwrite, overwrite_all, restride
@@ -102,7 +102,7 @@ class WeightStore:
             self._constants = {name: self._place(name, tensor) for name, tensor in self._data.items()}
         self._unused = unused_names
         self._recipes = Recipes(graph.weights, device)
-        self._made_by = {index: made_by(weight) for index, weight in self.lendable() if weight.recipe is not None}
+        self._leasable = {index for index, weight in self.lendable() if weight.recipe is not None}
         # Per weight: it depends on a parameter that is no constant.
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
         for index in self._hosts:
@@ -201,12 +201,13 @@ class WeightStore:
             leases, values, own = Leases(), Made(), set[int]()
             for made in self._batches(self._variable_indices(), sources):
                 own |= {i for i, value in made.items() if i in self._hosts or _memory(value) not in storages}
+                own -= self._loan.places.keys()
                 values |= {i: self._leased(i, value, i in own, sources, leases) for i, value in made.items()}
             self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
-                self._store(values, own - self._loan.places.keys(), leases)
+                self._store(values, own, leases)
                 for index in values:
                     key = self._lease_key(index, sources) if self._owned[index] and index not in leases else None
                     if key is not None:
@@ -223,11 +224,11 @@ class WeightStore:
 
     def _lease_key(self, index: int, sources: Tensors) -> Hashable | None:
         """See `Leases.find`; None: the weight's memory is for this store alone."""
-        if index not in self._made_by or index in self._hosts or index in self._loan.places:
+        if index not in self._leasable or index in self._hosts or index in self._loan.places:
             return None
         given = [sources[name] for name in self.weights[index].names]
         memory = tuple((t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in given)
-        return self.device, self._made_by[index], memory
+        return self.device, self.weights[index].value.type, self._recipes.key(index), memory
 
     def _follow(self) -> None:
         """Watch the tensors that owned weights are computed from."""
