@@ -3,8 +3,8 @@ choices that constants decide, scatters that replace all elements, and copies of
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere. `unbind` becomes a call for each position. A number that is cast,
-as the batching of `torch.func.vmap` does, is a constant. What PyTorch leaves uninitialized is zeros in an engine, unless
-kernels that others wrote are all that it is for.
+as the batching of `torch.func.vmap` does, is a constant. What PyTorch leaves uninitialized is zeros in an engine,
+unless kernels that others wrote are all that it is for.
 """
 
 from __future__ import annotations
