@@ -256,6 +256,7 @@ def normed(channels: int, size: int, batch: object = 2) -> str:
         (rows("softmax.int(self=x, dim=-1)", "[8192, 50257]", "[8192, 50257]"), False),  # fills any chip
         (rows("softmax.int(self=x, dim=-1)", "[8, 50261]", "[8, 50261]"), False),  # prime
         (rows("argmax.default(self=x, dim=-1)", "[4]", "[4, 128256]", "i64"), True),
+        (rows("argmax.default(self=x)", "[()]", "[6, 20]", "i64"), False),  # in several dimensions
         (rows("sum.default(self=x)", "[()]", "[64, 100000]"), True),
         (rows("sum.default(self=x)", "[()]", "[64, 10]"), False),
         (rows("sum.default(self=x)", "[()]", "[64, 0]"), False),

@@ -314,11 +314,15 @@ def reduces(node: Node) -> bool:
 
 def best_chunks(found: Region, arch: Arch) -> tuple[int, float, float] | None:
     """In about how many chunks the rows that a region reduces are best cut (1: in none); and the times, in us, of the
-    kernels for that and of one kernel. None: the region reduces no rows, or by an operator without a rule."""
+    kernels for that and of one kernel. None: the region reduces no rows, or by an operator without a rule, or not for
+    these arguments."""
     node = next(filter(reduces, found.body.nodes), None)
     if not found.reductions or node is None or node.op not in RULES:
         return None
-    operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
+    try:
+        operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
+    except Unsupported:
+        return None
     type_, on = type_of(operand), arch.chip
     order, run = _longest_run(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)

@@ -74,7 +74,8 @@ class _Calls:
         type_ = type_of(value) if isinstance(value, Value) else None
         if not isinstance(value, Value) or type_ is None or type_.device != MAIN:
             raise Unsupported("a tensor elsewhere")
-        if DTYPES[type_.dtype].kind not in (INT, FLOAT) or DTYPES[type_.dtype].packing or not type_.shape:
+        dtype = DTYPES[type_.dtype]
+        if dtype.kind not in (INT, FLOAT) or dtype.packing or not dtype.register or not type_.shape:
             raise Unsupported(f"comparisons of {type_.dtype}")
         return value, type_
 

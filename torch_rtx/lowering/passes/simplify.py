@@ -2,8 +2,9 @@
 choices that constants decide, scatters that replace all elements, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
-names the dtype, and has the same meaning everywhere. `unbind` becomes a call for each position. What PyTorch leaves
-uninitialized is zeros in an engine, unless kernels that others wrote are all that it is for.
+names the dtype, and has the same meaning everywhere. `unbind` becomes a call for each position. A number that is cast,
+as the batching of `torch.func.vmap` does, is a constant. What PyTorch leaves uninitialized is zeros in an engine,
+unless kernels that others wrote are all that it is for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
 
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
+CAST = "aten._to_copy.default"
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
 PAD = "aten.constant_pad_nd.default"
@@ -47,11 +49,13 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op in aten.UNINITIALIZED and not filled.issuperset(value.name for value in node.results):
-            return _as_zeros(node, rewriter)
+            return _as_full(node, 0, rewriter)
         if node.op == SCATTER:
             whole = node.arg("self")
             return isinstance(whole, Value) and not is_owned(whole) and _replaced(node, whole, rewriter, copied)
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
+        if node.op == CAST and isinstance(source, bool | int | float):
+            return _as_full(node, source, rewriter)
         if node.op == WHERE:
             source = _chosen(node, constants)
         if node.op == UNBIND and isinstance(source, Value):
@@ -90,11 +94,11 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     return rewrite(graph, infer, visit)
 
 
-def _as_zeros(node: Node, rewriter: Rewriter) -> bool:
+def _as_full(node: Node, number: bool | int | float, rewriter: Rewriter) -> bool:
     type_ = node.outputs[0].type if node.outputs[0] is not None else None
     if not isinstance(type_, TensorType) or type_.strides != contiguous(type_.shape):
         return False
-    args = ("size", type_.shape), ("fill_value", 0), ("dtype", type_.dtype), ("device", type_.device)
+    args = ("size", type_.shape), ("fill_value", number), ("dtype", type_.dtype), ("device", type_.device)
     rewriter.nodes.append(Node("op", "aten.full.default", args, node.outputs, None, node.loc))
     return True
 
