@@ -181,7 +181,7 @@ def ranked(body: Graph, sm: int, chip: Chip) -> dict[Name, Tactic[Kernel]]:
 
 def compiled(wanted: Mapping[tuple[str, Name], Tactic[Kernel]], target: Target) -> dict[tuple[str, Name], Any]:
     """What fits of `wanted`, with its binaries."""
-    chosen, _ = build({key: (iter([(0, tactic)]), target) for key, tactic in wanted.items()})
+    chosen, _ = build((key, iter([(0, tactic)]), target) for key, tactic in wanted.items())
     found = {}
     for key, result in chosen.items():
         if result.problem is None:

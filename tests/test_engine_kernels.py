@@ -182,6 +182,8 @@ def test_pack() -> None:
     read = Binaries(packs)
     assert read == names
     assert read[third] is read[third]  # decompressed once
+    assert list(map(id, packs_of([[second], [first, third]], read))) == list(map(id, reversed(packs)))
+    assert packs_of([[third, first]], Binaries(packs, names)) == packs_of([[third, first]], names)  # other content
     single = Pack(compress(names[first]), None)
     assert Binaries([single]) == {single.names()[0]: names[first]}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch_rtx.errors import EngineFormatError
@@ -132,13 +133,17 @@ class Pack:
 class Binaries(Mapping[str, bytes]):
     """Binaries in packs, by name. Each pack is decompressed once, when a binary of it is asked for.
 
+    Args:
+        read: those that are known without, by name.
+
     Raises:
         EngineFormatError: when a binary of a wrong pack is asked for.
     """
 
-    def __init__(self, packs: Sequence[Pack]) -> None:
+    def __init__(self, packs: Sequence[Pack], read: Mapping[str, bytes] | None = None) -> None:
+        self.packs = packs
         self._pack = {name: pack for pack in packs for name in pack.names()}
-        self._read: dict[str, bytes] = {}
+        self._read = dict(read or {})
 
     def __getitem__(self, name: str) -> bytes:
         if name not in self._read:
@@ -153,18 +158,23 @@ class Binaries(Mapping[str, bytes]):
 
 
 def packs_of(groups: Sequence[Sequence[str]], binaries: Mapping[str, bytes]) -> list[Pack]:
-    """The packs of a file: one for the names in each group, and more where that is larger than `FULL`."""
-    packs = []
+    """The packs of a file: one for the names in each group, and more where that is larger than `FULL`. Those that
+    `binaries` has already are taken from there; others are compressed in parallel."""
+    contents = list[tuple[str, ...]]()
     for group in groups:
         left, size = list[str](), 0
         for name in group:
             if left and size + len(binaries[name]) > FULL:
-                packs.append(_pack(left, binaries))
+                contents.append(tuple(left))
                 left, size = [], 0
             left.append(name)
             size += len(binaries[name])
-        packs.append(_pack(left, binaries))
-    return packs
+        contents.append(tuple(left))
+    known = {pack.names(): pack for pack in binaries.packs} if isinstance(binaries, Binaries) else {}
+    missing = [names for names in contents if names not in known]
+    with ThreadPoolExecutor(thread_name_prefix="torch_rtx compress") as pool:  # LZMA releases the GIL
+        known |= zip(missing, pool.map(lambda names: _pack(names, binaries), missing), strict=True)
+    return [known[names] for names in contents]
 
 
 def _pack(names: Sequence[str], binaries: Mapping[str, bytes]) -> Pack:

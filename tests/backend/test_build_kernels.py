@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,13 +21,14 @@ from torch_rtx.backend.kernels import build_kernels, targets_for
 from torch_rtx.binaries import packs_of
 from torch_rtx.chips import chip_named
 from torch_rtx.engine import Engine, Manifest, load, save
-from torch_rtx.errors import LoweringError, SettingsError
+from torch_rtx.errors import KernelError, LoweringError, SettingsError
 from torch_rtx.inspection import inspect
 from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels import build
+from torch_rtx.lowering.kernels import aot, build
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.toolchain import Job
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, groups_of
 from torch_rtx.targets import DTYPE_FEATURES, PORTABLE, PTX, Target
 
@@ -89,6 +92,50 @@ def test_every_node_and_target(tmp_path: Path) -> None:
     save(Engine(GRAPH, Manifest("cuda", ("x", "y")), {}, None, table), tmp_path / "a.rtx")
     assert load(tmp_path / "a.rtx").kernels == table
     assert inspect(tmp_path / "a.rtx").kernels["sm_86"][0] == 2
+
+
+def test_kernels_compile_while_the_next_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each is compiled once: for the oldest target of a generation, which comes first."""
+    jobs: list[tuple[str, tuple[bool, ...], int]] = []
+    began = threading.Event()
+
+    def lower(job: Job) -> Code:
+        jobs.append((job.name, job.scalars, job.sm))
+        began.set()
+        return Code(b"ptx", b"cubin", job.name, 4, 0, 255, 0, 0)
+
+    def forms(node: Node, target: Target):
+        assert (node.op, target) == ("add", Target(80)) or began.wait(30)
+        return [form(1.0, {"add": ADD, "both": BOTH}[node.op])]
+
+    monkeypatch.setattr(aot, "lower", lower)
+    build_kernels(GRAPH, reversed(PORTABLE), forms)
+    kernels = [("add", (True,)), ("add", (False,)), ("both", ())]
+    assert sorted(jobs) == sorted((*kernel, sm) for kernel in kernels for sm in (80, 90, 120))
+
+
+def test_an_error_leaves_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of code that looks for kernels, as Ctrl-C does, while one compiles and others wait."""
+    began, jobs = threading.Event(), list[Job]()
+
+    def lower(job: Job) -> Code:
+        jobs.append(job)
+        began.set()
+        time.sleep(0.05)
+        raise KernelError("refused")
+
+    def forms(node: Node, target: Target):
+        if node.op == "both":
+            assert began.wait(30)
+            raise KeyboardInterrupt
+        return [form(1.0, ADD)]
+
+    monkeypatch.setattr(aot, "lower", lower)
+    monkeypatch.setattr(aot, "_cores", lambda: range(1))
+    with pytest.raises(KeyboardInterrupt):
+        build_kernels(GRAPH, PORTABLE, forms)
+    assert len(jobs) < 6
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("torch_rtx build")]
 
 
 @pytest.mark.quick

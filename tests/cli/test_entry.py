@@ -23,6 +23,15 @@ def test_what_is_not_installed(package: str) -> None:
     )
 
 
+def test_the_end_looks_for_no_garbage() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_count()[0], gc.get_freeze_count()))"
+    code += "; from torch_rtx.cli.entry import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60)
+    _, counts = done.stdout.splitlines()
+    young, frozen = map(int, counts.split())
+    assert young < 100 < frozen
+
+
 def ended(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
     """The exit status of a command line."""
     monkeypatch.setattr(sys, "argv", ["torch-rtx", *given])

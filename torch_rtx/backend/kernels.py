@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -15,7 +16,7 @@ from torch_rtx.backend.compiler import Program, named_targets
 from torch_rtx.errors import InvalidIR, KernelError, LoweringError, Unsupported
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.lowering.kernels.build import Binaries, Progress, Result, build, show_offers, show_results
+from torch_rtx.lowering.kernels.build import Binaries, Progress, Result, Wanted, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.progress import progress
 from torch_rtx.settings import CompilationSettings
@@ -173,29 +174,32 @@ def build_kernels(
     """
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
-    slots = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
+    targets = by_age(set(targets))  # so that kernels begin with the oldest, see `Compilations.begin`
     offers, rejected = dict[Slot, list[Form]](), dict[Slot, str]()
-    for op, target in slots:
-        try:
-            offers[op, target] = _may_be_fastest(forms(nodes[op], target))
-        except KernelError as error:  # Triton rejects a kernel that others wrote
-            offers[op, target], rejected[op, target] = [], error.message
-    wanted = {
-        (slot, which): (enumerate(chain((head,), rest)), slot[1])
-        for slot, found in offers.items()
-        for which, (head, rest) in enumerate(found)
-    }
+
+    def wanted() -> Iterator[Wanted[tuple[Slot, int]]]:
+        for slot in itertools.product(sorted(nodes), targets):
+            op, target = slot
+            try:
+                offers[slot] = _may_be_fastest(forms(nodes[op], target))
+            except KernelError as error:  # Triton rejects a kernel that others wrote
+                offers[slot], rejected[slot] = [], error.message
+            for which, (head, rest) in enumerate(offers[slot]):
+                yield (slot, which), enumerate(chain((head,), rest)), target
+
+    found: Iterable[Wanted[tuple[Slot, int]]] = wanted()
     if artefacts.dump is not None:
-        for op, target in ((op, target) for op in reversed(nodes) for target in by_age(set(targets))):
+        found = list(found)
+        for op, target in itertools.product(reversed(nodes), targets):
             if (op, target) not in rejected:
                 _show(nodes[op], target, forms(nodes[op], target), artefacts)
-    chosen, tried = build(wanted, progress, artefacts)
+    chosen, tried = build(found, progress, artefacts)
     for ((op, target), _), results in tried.items():
         show_results(artefacts, op, target, results)
     built: dict[Slot, list[Result]] = {}
     missing = []
-    for slot, found in offers.items():
-        keys = [(slot, which) for which in range(len(found))]
+    for slot, heads in offers.items():
+        keys = [(slot, which) for which in range(len(heads))]
         built[slot] = _fitting([chosen[key] for key in keys if key in chosen])
         if not built[slot]:
             problems = [result.problem for key in keys for result in tried[key] if result.problem]

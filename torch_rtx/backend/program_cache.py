@@ -160,12 +160,15 @@ class GraphSite:
 
 
 def to_bytes(built: Built, site: GraphSite) -> bytes:
-    """Serialize `built` as the body of an entry. Also sets `built.program.origins`."""
+    """Serialize `built` as the body of an entry. Also sets `built.program.origins`, and keeps the packs of binaries,
+    which a file of the engine has as well."""
     graph, constants = built.program.graph, built.program.constants
     number = {node: index for index, node in enumerate(site.nodes)}
     position = {role.name: index for index, role in reversed(list(enumerate(site.roles))) if role.kind != "input"}
     origins = built.program.origins = [built.locations.origin(node.loc) for node in _nodes(graph)]
-    packs = packs_of(groups_of(built.program.kernels), built.program.kernels.binaries)
+    table = built.program.kernels
+    packs = packs_of(groups_of(table), table.binaries)
+    built.program.kernels = replace(table, binaries=Binaries(packs, table.binaries))
     fields = {
         "graph": str(_with_locations(graph, iter([None] * len(origins)))),
         "inputs": site.inputs,

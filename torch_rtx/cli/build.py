@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -67,10 +68,14 @@ def build(
     if dtype is not None and strip:
         echo("no file has the weights that --dtype casts: --no-strip puts them into the engine", to_stderr=True)
     stage(f"reading {source}")
-    from torch_rtx.backend.build import compile  # imports torch, which other commands do without
-    from torch_rtx.runtime.module import save
+    from torch_rtx.runtime.garbage import uncollected
 
-    found = load_source(source, fixed, dtype)
+    with uncollected():  # what is read here lives until the end, nearly all of it
+        from torch_rtx.backend.build import compile  # imports torch, which other commands do without
+        from torch_rtx.runtime.module import save
+
+        found = load_source(source, fixed, dtype)
+    gc.freeze()  # no later collection goes through it
     if quantize is not None:
         found = replace(found, model=quantized(source, found.model, quantize))
     found = called(found, source, size, profile, spans)

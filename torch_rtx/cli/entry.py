@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 
 def main() -> None:
     """Run the command line of this process, and end it with the exit status 0, 1 or 2."""
+    atexit.register(gc.freeze)  # at its end, Python would look for garbage among all objects of PyTorch: for a second
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

@@ -23,7 +23,7 @@ from torch_rtx.ir import Sym, dim_expr
 from torch_rtx.lowering.kernels import toolchain
 from torch_rtx.lowering.kernels.aot import Built, _too_large, compile_kernels, multiple
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.toolchain import Code
+from torch_rtx.lowering.kernels.toolchain import Code, Job
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 from torch_rtx.targets import NEWEST, PORTABLE, PTX, Target
 
@@ -202,6 +202,20 @@ def test_equal_sources_are_equal_bytes(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == here
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kernel", [ADD, matmul(block=64, deep=32, stages=2)], ids=["add", "matmul"])
+def test_ttir_is_that_of_all_options(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is made once: also where Triton checks integers, as it does by default."""
+    scalars = (True,) * len(kernel.scalars)
+    job = Job(kernel.name, kernel.source, kernel.pointers, scalars, kernel.wide, 4, 2, 80)
+    other = replace(job, num_warps=8, num_stages=4, sm=90, trigger_early=True, portable=True)
+    text = toolchain.lower_to_ttir(job)
+    assert toolchain.lower_to_ttir(other) is text
+    backend = toolchain._triton().backend
+    parse = backend.parse_options
+    monkeypatch.setattr(backend, "parse_options", lambda self, given: parse(self, {**given, "sanitize_overflow": True}))
+    assert toolchain._ttir.__wrapped__(other) == text
 
 
 def test_without_torch_and_traces() -> None:

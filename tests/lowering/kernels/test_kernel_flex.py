@@ -136,5 +136,5 @@ def test_tiles_lie_within_blocks() -> None:
     for sm in (80, 86, 89, 90, 120):
         kernel = next(tactics(body, "flex", arch_of(sm))).kernels[OWN]
         wanted.append((kernel, Target(sm)))
-    for built in compile_kernels(wanted, workers=1).values():
+    for built in compile_kernels(wanted).values():
         assert built.problem is None

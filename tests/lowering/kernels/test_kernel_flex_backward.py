@@ -97,7 +97,7 @@ def test_tiles_lie_within_blocks() -> None:
         gradient_kernel(region(body), "gradient", AttentionConfig(64, 96, 4, 1))
     assert [one.num_stages for one in configs[:3]] == [2, 3, 3]  # the first shares a multiprocessor, which hides loads
     kernel = gradient_kernel(region(body), "gradient", configs[0])
-    for built in compile_kernels([(kernel, Target(90))], workers=1).values():
+    for built in compile_kernels([(kernel, Target(90))]).values():
         assert built.problem is None
     shared = parse(str(body).replace("f16[2, 1, 128, 64]", "f16[1, 1, 128, 64]"))
     with pytest.raises(Unsupported, match="batches share"):

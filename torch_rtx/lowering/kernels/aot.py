@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
@@ -19,7 +20,7 @@ from torch_rtx.lowering.kernels.index import multiple
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
-from torch_rtx.targets import ALIGNMENT, Target, arch_of, lacks
+from torch_rtx.targets import ALIGNMENT, Target, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
 TENSOR_MEMORY = 512  # columns of a multiprocessor
@@ -51,18 +52,69 @@ class Built:
         return max((code.spills for code in self.codes), default=0)
 
 
+class Compilations:
+    """Compilations in threads, which begin as soon as a kernel is known. Equal code is compiled once.
+
+    Threads are as fast as processes: Triton's passes and ptxas, which are nearly all of the work, do not hold the GIL.
+
+    Args:
+        workers: number of threads; None: one per core.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self._pool = ThreadPoolExecutor(workers or len(_cores()), "torch_rtx build")
+        self._futures: dict[Job, Future[Code]] = {}
+        self._targets: dict[Kernel, list[Target]] = {}
+
+    def __enter__(self) -> Compilations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, kernel: Kernel, target: Target) -> None:
+        """Compile a kernel before all are known that share its code. Nothing is wasted where the oldest target of each
+        generation comes first."""
+        if _missing(kernel, target) is None:
+            targets = self._targets.setdefault(kernel, [])
+            targets.append(target)
+            for job in _jobs(kernel, target, targets, NO_FILES):
+                self._future(job)
+
+    def run(self, jobs: Collection[Job], progress: Callable[[int, int], object] | None) -> Mapping[Job, Done]:
+        """The results of jobs; see `compile_kernels`."""
+        done: dict[Job, Done] = {}
+        futures = {self._future(job): job for job in jobs}
+        for future in as_completed(futures):
+            job, error = futures[future], future.exception()
+            if error is None:
+                done[job] = future.result()
+            elif isinstance(error, NoTensorCores) or (isinstance(error, KernelError) and job.foreign is not None):
+                done[job] = error
+            else:
+                raise error
+            if progress is not None:
+                progress(len(done), len(futures))
+        return done
+
+    def _future(self, job: Job) -> Future[Code]:
+        if job not in self._futures:
+            self._futures[job] = self._pool.submit(lower, job)
+        return self._futures[job]
+
+
 def compile_kernels(
     wanted: Iterable[Wanted],
-    workers: int | None = None,
     progress: Callable[[int, int], object] | None = None,
     artefacts: Mapping[Wanted, Artefacts] | None = None,
+    compilations: Compilations | None = None,
 ) -> dict[Wanted, Built]:
     """Compile kernels, each for a target. Equal code is compiled once per process.
 
     Args:
-        workers: number of threads; None: one per core. Triton releases the GIL, and ptxas is a process.
         progress: called in this thread with the number of finished compilations and of all.
         artefacts: where stages are written and overridden, also if the code is cached.
+        compilations: which run them, and may have begun; None: new ones.
 
     Raises:
         KernelError: Triton can't be used, it or ptxas rejects a kernel, or an override can't be read. A kernel that
@@ -74,46 +126,25 @@ def compile_kernels(
     for kernel, target in pairs:
         targets.setdefault(kernel, []).append(target)
     jobs = {
-        (kernel, target): _jobs(
-            kernel,
-            _code_sm(kernel, target, targets[kernel]),
-            target.ptx and target.arch.exact,
-            files.get((kernel, target), NO_FILES),
-        )
+        (kernel, target): _jobs(kernel, target, targets[kernel], files.get((kernel, target), NO_FILES))
         for kernel, target in pairs
-        if not any(lacks(target.arch, dtype) for dtype in kernel.pointers)
+        if _missing(kernel, target) is None
     }
     shown = [pair for pair in jobs if pair in files]
     for pair in shown:  # before it is compiled: a compiler may reject it
         if jobs[pair][0].source:
             files[pair].write("py", jobs[pair][0].source)
-    done = _run(dict.fromkeys(job for both in jobs.values() for job in both), workers, progress)
+    unique = dict.fromkeys(job for both in jobs.values() for job in both)
+    with Compilations() if compilations is None else nullcontext(compilations) as running:
+        done = running.run(unique, progress)
     for pair in shown:
         _write(files[pair], jobs[pair], done)
     return {pair: _built(*pair, [done[job] for job in jobs.get(pair, ())]) for pair in pairs}
 
 
-def _run(
-    jobs: Collection[Job], workers: int | None, progress: Callable[[int, int], object] | None
-) -> Mapping[Job, Done]:
-    done: dict[Job, Done] = {}
-    with ThreadPoolExecutor(workers or len(_cores()), "torch_rtx build") as pool:
-        futures = {pool.submit(lower, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                job, error = futures[future], future.exception()
-                if error is None:
-                    done[job] = future.result()
-                elif isinstance(error, NoTensorCores) or (isinstance(error, KernelError) and job.foreign is not None):
-                    done[job] = error
-                else:
-                    raise error
-                if progress is not None:
-                    progress(len(done), len(futures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first error is raised
-            raise
-    return done
+def _missing(kernel: Kernel, target: Target) -> str | None:
+    """A dtype of the kernel that the target lacks; None if there is none."""
+    return next((dtype for dtype in kernel.pointers if lacks(target.arch, dtype)), None)
 
 
 def _cores() -> Collection[int]:
@@ -130,11 +161,16 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     if target.ptx or target.arch.exact:
         return target.arch.sm
     of_generation = [t.sm for t in targets if not t.ptx and t.sm // 10 == target.sm // 10]
-    return min(sm for sm in of_generation if not any(lacks(arch_of(sm), dtype) for dtype in kernel.pointers))
+    return min(sm for sm in of_generation if _missing(kernel, Target(sm)) is None)
 
 
-def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tuple[Job, ...]:
-    """The jobs of the aligned variant and, if there is one, the generic variant, with their overrides."""
+def _jobs(kernel: Kernel, target: Target, targets: Iterable[Target], artefacts: Artefacts) -> tuple[Job, ...]:
+    """The jobs of the aligned variant and, if there is one, the generic variant, with their overrides.
+
+    Args:
+        targets: all of the kernel.
+    """
+    sm, portable = _code_sm(kernel, target, targets), target.ptx and target.arch.exact
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
@@ -171,8 +207,7 @@ def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Done]) 
 def _built(kernel: Kernel, target: Target, results: list[Done]) -> Built:
     codes = [result for result in results if isinstance(result, Code)]
     if not results:
-        dtype = next(dtype for dtype in kernel.pointers if lacks(target.arch, dtype))
-        return Built(None, None, f"{target} lacks {dtype}")
+        return Built(None, None, f"{target} lacks {_missing(kernel, target)}")
     for result in results:
         if isinstance(result, NoTensorCores):
             return Built(None, None, f"{target} has no instruction like {result}")

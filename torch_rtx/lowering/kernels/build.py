@@ -15,7 +15,7 @@ from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.binaries import named
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, kernel_nodes
-from torch_rtx.lowering.kernels.aot import Built, compile_kernels
+from torch_rtx.lowering.kernels.aot import Built, Compilations, compile_kernels
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Code
@@ -25,6 +25,7 @@ from torch_rtx.targets import Target
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 Ranked = tuple[int, Tactic[Kernel]]  # a tactic with its rank
+Wanted = tuple[Key, Iterator[Ranked], Target]
 Progress = Callable[[int, int], object]
 
 
@@ -59,7 +60,7 @@ class Result:
 
 
 def build(
-    wanted: Mapping[Key, tuple[Iterator[Ranked], Target]],
+    wanted: Iterable[Wanted[Key]],
     progress: Progress | None = None,
     artefacts: Artefacts = NO_FILES,
 ) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
@@ -68,6 +69,8 @@ def build(
     Chosen is the first tactic whose kernels fit the target, else the one that spills least.
 
     Args:
+        wanted: the tactics of each key in the order of trial, and the target. Read one by one, and the kernels of each
+            compile while the next tactics are found.
         progress: see `compile_kernels`; restarts with each round of tactics.
         artefacts: where the stages of kernels are written and overridden.
 
@@ -75,28 +78,54 @@ def build(
         KernelError: see `compile_kernels`.
     """
     chosen: dict[Key, Result] = {}
-    tried: dict[Key, list[Result]] = {key: [] for key in wanted}
-    pending = list(wanted)
-    while pending:
-        offered = {key: ranked for key in pending if (ranked := next(wanted[key][0], None)) is not None}
-        kernels = {
-            (kernel, wanted[key][1]): artefacts.of(kernel.name, wanted[key][1], f"rank{rank}" if rank else "")
-            for key, (rank, tactic) in offered.items()
-            for kernel in tactic.kernels.values()
-        }
-        compiled = compile_kernels(kernels, progress=progress, artefacts=kernels if artefacts else None)
-        for key, (rank, tactic) in offered.items():
-            target = wanted[key][1]
-            built = {op: compiled[kernel, target] for op, kernel in tactic.kernels.items()}
-            result = Result(rank, tactic, target, built)
-            tried[key].append(result)
-            if result.problem is not None:
-                names = ", ".join(kernel.name for kernel in tactic.kernels.values())
-                log.debug("%s does not fit %s: %s", names, target, result.problem)
-            if result.runs and (key not in chosen or result.spills < chosen[key].spills):
-                chosen[key] = result
-        pending = [key for key in offered if key not in chosen or chosen[key].problem is not None]
-    return chosen, tried
+    tried: dict[Key, list[Result]] = {}
+    with Compilations() as compilations:
+        while True:
+            unfit = []
+            for one, result in _next_built(wanted, compilations, progress, artefacts):
+                key = one[0]
+                results = tried.setdefault(key, [])
+                if result is None:
+                    continue
+                results.append(result)
+                if result.problem is not None:
+                    names = ", ".join(kernel.name for kernel in result.tactic.kernels.values())
+                    log.debug("%s does not fit %s: %s", names, result.target, result.problem)
+                if result.runs and (key not in chosen or result.spills < chosen[key].spills):
+                    chosen[key] = result
+                if key not in chosen or chosen[key].problem is not None:
+                    unfit.append(one)
+            if not unfit:
+                return chosen, tried
+            wanted = unfit
+
+
+def _next_built(
+    wanted: Iterable[Wanted[Key]], compilations: Compilations, progress: Progress | None, artefacts: Artefacts
+) -> list[tuple[Wanted[Key], Result | None]]:
+    """The next tactic of each that is wanted; None: there are no more."""
+    offers = []
+    for one in wanted:
+        _, ranked, target = one
+        offer = next(ranked, None)
+        offers.append((one, offer))
+        if offer is not None and not artefacts:  # which may override what is compiled
+            for kernel in offer[1].kernels.values():
+                compilations.begin(kernel, target)
+    files = {
+        (kernel, target): artefacts.of(kernel.name, target, f"rank{offer[0]}" if offer[0] else "")
+        for (_, _, target), offer in offers
+        if offer is not None
+        for kernel in offer[1].kernels.values()
+    }
+    shown = files if artefacts else None
+    compiled = compile_kernels(files, progress=progress, artefacts=shown, compilations=compilations)
+    results = list[tuple[Wanted[Key], Result | None]]()
+    for one, offer in offers:
+        target = one[2]
+        built = {} if offer is None else {op: compiled[kernel, target] for op, kernel in offer[1].kernels.items()}
+        results.append((one, None if offer is None else Result(*offer, target, built)))
+    return results
 
 
 def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, offers: Iterable[Ranked]) -> None:

@@ -50,7 +50,7 @@ def build(
     """
     target = arch_of(sm).target
     arch = replace(target.arch, chip=chip or target.arch.chip, float32=float32)
-    wanted = {name: (_ranked(body, name, arch, first), target) for name, (body, first) in bodies.items()}
+    wanted = ((name, _ranked(body, name, arch, first), target) for name, (body, first) in bodies.items())
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
         if first == 0 and isinstance(body, Graph):
             offers = sorted(_ranked(body, name, arch, first), key=lambda one: one[0])

@@ -11,6 +11,7 @@ The model only has to rank; where there is time, candidates are measured.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -49,6 +50,7 @@ F32 = "f32"
 ROUNDING = {TF32: 3, TF32X3: 5}  # operations that make what tensor cores read of a number in f32
 CHECKING = 3  # operations for a sum of a step, with TF32X3
 WGMMA_WAITS_US, MMA_WAITS_US = 0.045, 0.05  # of a step with TF32X3, for each warp that waits
+Found = tuple[float, GemmConfig, str, bool]  # microseconds, a configuration, and what its precision adds to that
 FMA_SLOWER = 4.2  # steps without tensor cores, which read operands from shared memory one by one, than the model says
 
 
@@ -64,24 +66,33 @@ def ranked_configs(
         Unsupported: see `gemm_problem`.
     """
     block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
-    found = list[tuple[float, GemmConfig]]()
+    found = list[Found]()
     for precision in precisions_of(contraction, arch):
         problem = _with_parts(gemm_problem(region, contraction, arch, precision, block_scaled), whole)
-        for us, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch):
-            if not config.gemv:
-                config = replace(config, input_precision=precision)
-            if not config.gemv or precision == IEEE:  # which has no products
-                found.append((us, replace(config, promoted=problem.promoted, block_scaled=block_scaled)))
+        ranked = _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)
+        found += [
+            (us, config, precision, problem.promoted)
+            for us, config in ranked
+            if not config.gemv or precision == IEEE  # which has no products
+        ]
     found.sort(key=lambda one: one[0])
-    best, rivals = [config for _, config in found], dict[str, GemmConfig]()
-    for us, config in found:
+    kept, rivals = list[Found](), dict[str, Found]()
+    of_tile = Counter[tuple[object, ...]]()
+    for one in found:
+        us, config, precision, _ = one
         if us <= RIVAL * found[0][0]:
-            rivals.setdefault(config.input_precision, config)
-    tiles = [(c.gemv, c.slices, c.stacked, c.block_m, c.width, c.input_precision) for c in best]
-    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE]
+            rivals.setdefault(precision, one)
+        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, precision
+        of_tile[tile] += 1
+        if of_tile[tile] <= MAX_PER_TILE:
+            kept.append(one)
     # Times of different instructions are the least certain, and where libraries do not use TF32 it can't pass: the best
     # of each precision comes first.
-    return list(dict.fromkeys((*rivals.values(), *kept)))[:MAX_CONFIGS]
+    first = list(dict.fromkeys((*rivals.values(), *kept)))[:MAX_CONFIGS]
+    return [
+        replace(config, input_precision=precision, promoted=promoted, block_scaled=block_scaled)
+        for _, config, precision, promoted in first
+    ]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
@@ -204,9 +215,11 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     if few:  # memory is read in long runs
         least_k = 8 * FEW_BYTES // problem.packing.bits if problem.packing else FEW_BYTES
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
-    forms = [(False, False), (True, False)]  # with extra columns, or with stacked accumulators
-    if problem.swapped and problem.accumulators == 2 and problem.dtype in HALVES and "wgmma" in arch.features:
-        forms.append((False, True))
+    forms = [(False, False)]  # with extra columns, which are measured for wgmma alone, or with stacked accumulators
+    if "wgmma" in arch.features:
+        forms.append((True, False))
+        if problem.swapped and problem.accumulators == 2 and problem.dtype in HALVES:
+            forms.append((False, True))
     for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
@@ -214,24 +227,26 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
             continue
         if problem.dtype in (F32, TF32X3) and block_k > 32:
             continue  # operands of FMA products take registers, and so do both parts of an operand
+        if extra and (problem.unpacking or not 64 <= block_n <= 128 or block_k < 64):
+            continue
         extra_n = block_n // 2 if extra else 0
         area = block_m * (block_n + extra_n) * problem.accumulators
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         if few:  # warps divide the columns, so that none is unpacked twice; the rows are those of one instruction
             warps = [count for count in (1, 2) if block_n in (16 * count, 32 * count)]
         most_stages = max(ceil(problem.depth / block_k), 2) if few else stages[-1]  # more would be empty
-        for num_warps, num_stages in itertools.product(warps, stages):
-            if num_stages > most_stages:
-                continue
-            given = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n, stacked=stacked)
+        for num_warps in warps:
+            given = GemmConfig(block_m, block_n, block_k, num_warps, extra_n=extra_n, stacked=stacked)
             config = _of_computed(problem, given, arch)
-            if config is None:
+            if config is None or (extra and not _uses_wgmma(problem, config, arch)):
                 continue
-            is_wide = 64 <= block_n <= 128 and block_k >= 64 and not problem.unpacking
-            if extra and not (is_wide and _uses_wgmma(problem, config, arch)):
-                continue  # measured for wgmma alone
-            if shared_memory(problem, config, arch) <= arch.shared and _fits_registers(problem, config, arch):
-                yield config
+            if not _fits_registers(problem, config, arch):
+                continue
+            tile = block_m, block_n, block_k, num_warps
+            for num_stages in stages:
+                staged = GemmConfig(*tile, num_stages, extra_n=extra_n, joined=config.joined, stacked=stacked)
+                if num_stages <= most_stages and shared_memory(problem, staged, arch) <= arch.shared:
+                    yield staged
 
 
 def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmConfig | None:
@@ -303,10 +318,11 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
 def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """Products run as Hopper's wgmma, which reads operands from shared memory, and the first one from registers, too: a
     computed one comes first, see `MmaWriter`."""
-    along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
+    if "wgmma" not in arch.features or config.num_warps < 4 or problem.dtype == F32:
+        return False
     rows = _rows(problem, config) if problem.swapped else config.block_m
-    is_large = rows >= 64 and config.num_warps >= 4
-    return "wgmma" in arch.features and problem.dtype != F32 and is_large and along_k
+    along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
+    return rows >= 64 and along_k
 
 
 def _rows(problem: GemmProblem, config: GemmConfig) -> int:
