@@ -395,6 +395,15 @@ def test_independent_loops_fuse_where_they_are_short(rows: int, kernels: int) ->
     assert sum(node.kind == "kernel" for node in graph.nodes) == kernels
 
 
+@pytest.mark.parametrize(("size", "kernels"), [("()", 1), ("64", 2)])
+def test_the_counters_of_many_layers_are_one_kernel(size: str, kernels: int) -> None:
+    """Of one element each; loops over more would need registers for all of them."""
+    inputs = "\n".join(f"input c{at}: i64[{size}]" for at in range(16))
+    calls = "\n".join(f"n{at}: i64[{size}] = op aten.add.Tensor(self=c{at}, other=1)" for at in range(16))
+    graph = fused(f"{inputs}\n{calls}\nreturn [{', '.join(f'n{at}' for at in range(16))}]")
+    assert sum(node.kind == "kernel" for node in graph.nodes) == kernels
+
+
 @pytest.mark.parametrize("rows_first", [False, True])
 @pytest.mark.parametrize(("operand", "kernels"), [("x", 1), ("y", 2)])
 def test_independent_loops_over_elements_and_rows_fuse_where_they_read_the_same(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torch_rtx
 from tests.lowering.test_training_graphs import recorded
+from tests.runtime.pools import graph_pools
 from tests.runtime.test_arena import whole_nodes
 from tests.runtime.test_overwriting import one_by_one
 from torch_rtx.ir import COPY, Graph, kernel_nodes
@@ -261,3 +262,19 @@ def test_which_tensors_are_apart() -> None:
     assert not are_apart([memory[:4]], [memory[8:], memory])
     assert not are_apart([memory[4:6]], [memory[5:6]])
     assert are_apart([], [memory, memory])
+
+
+@pytest.mark.gpu
+def test_engines_on_a_gpu() -> None:
+    """Under a CUDA graph, with inputs that change their place, and that overlap."""
+    memory = torch.rand(400, device="cuda")
+    x, other, y = memory[:6], memory[64:70], memory[128:134]
+    engine, eager = torch_rtx.compile(Stepper().cuda(), (x, y)), Stepper().cuda()
+    for at in range(12):
+        if at == 4:
+            assert torch_rtx.wait(120)
+        given, read = (other, y) if at % 4 == 3 else (x, x) if at > 8 else (x, y)
+        expected, before = given.clone(), read.clone()
+        torch.testing.assert_close(engine(given, read), eager(expected, before))
+        torch.testing.assert_close([given, *engine.state_dict().values()], [expected, *eager.state_dict().values()])
+    assert any(pool.replays for pool in graph_pools())

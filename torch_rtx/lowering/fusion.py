@@ -43,6 +43,7 @@ from torch_rtx.targets import Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
+FEW_ELEMENTS, MAX_POINTERS_OF_FEW = 32, 96  # loops over so few, such as counters, need a register for each pointer
 MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a much larger consumer computes again
 MOST_AGAIN = 16  # times that a longer producer may be computed again
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
@@ -324,7 +325,9 @@ class FusionPlan:
 
     def _can_generate(self, group: FusionGroup, before_us: float) -> bool:
         inputs, outputs = self.interface(group)
-        if len(inputs) + len(outputs) > MAX_POINTERS:
+        count = None if group.space is None else group.space.elements[-1].number
+        few = count is not None and count <= FEW_ELEMENTS
+        if len(inputs) + len(outputs) > (MAX_POINTERS_OF_FEW if few else MAX_POINTERS):
             return False
         if group.steps is not None:
             return is_kernel(self.body(group), self.arches)
