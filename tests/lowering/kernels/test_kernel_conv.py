@@ -268,6 +268,10 @@ def test_one_pixel_is_summed_without_tensor_cores() -> None:
     check(text, conv_kernel, config)
 
 
+def test_an_empty_batch_has_configurations() -> None:
+    assert conv_configs(region(body(call((0, 24, 6, 5), (24, 1, 3, 3), groups=24))), arch_of(90))
+
+
 @pytest.mark.parametrize(("channels", "vectors"), [(3, False), (4, True)])
 def test_pixels_of_four_halves_are_loaded_at_once(channels: int, vectors: bool) -> None:
     """Which is why the pass `channels_last` adds channels: the border of the image does not keep vectors apart."""

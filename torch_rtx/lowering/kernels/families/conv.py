@@ -103,7 +103,7 @@ def _depthwise_configs(contraction: Contraction, arch: Arch) -> list[GemmConfig]
         found.append(config if channels_last else replace(config, block_m=4 * block_m, block_n=block_n // 4))
 
     def cost(config: GemmConfig) -> float:
-        tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
+        tiles = max(ceil(pixels / config.block_m) * ceil(channels / config.block_n), 1)  # a batch may be empty
         area = config.block_m * config.block_n
         share = tiles * area * (1 + 128 / area)  # padded work, and a program's overhead
         return share / min(tiles / arch.chip.processors / 4, 1)
