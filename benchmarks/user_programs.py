@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._higher_order_ops import while_loop
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -80,6 +81,7 @@ def flex(device: str, small: bool) -> list[Row]:
 def _attention(shape: tuple[int, ...], score_mod: Any, mask: Any, device: str) -> Row:
     """Milliseconds of each peer, forward and backward, and its errors."""
     torch.manual_seed(0)
+    functorch_config.donated_buffer = False  # Inductor's backward would refuse to run again
     dtype = torch.float16 if device == "cuda" else torch.float32
     query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     upstream = torch.randn(shape, device=device, dtype=dtype)
