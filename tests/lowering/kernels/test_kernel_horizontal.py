@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import torch_rtx
 from tests.lowering.kernels.kernel_bodies import body
 from tests.lowering.test_kernel_models import check
 from torch_rtx.backend.kernels import build_kernels
@@ -20,6 +23,8 @@ from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
+from torch_rtx.quantization import quantize
+from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import read_table, write_table
 from torch_rtx.targets import PORTABLE, Target, arch_of
 
@@ -232,6 +237,30 @@ def test_products(name: str, dtype: str) -> None:
     for size in (0, 1, 63) if node.body is not None and node.body.syms else (0,):
         for which in (0, 1):
             check(node, {"s": size}, which)
+
+
+def test_products_of_which_none_has_a_kernel_alone() -> None:
+    """Packed weights of an odd number of columns, in float32: no tile of one of them fits."""
+    model = nn.ModuleList(nn.Linear(128, 131) for _ in range(3)).eval()
+    quantize(model, "int4_weight_only")
+    call = _Each(model)
+    settings = CompilationSettings(
+        device="cuda", targets="later", cache_built_engines=False, reuse_cached_engines=False
+    )
+    with torch.no_grad():
+        graph = torch_rtx.compile(call, tuple(torch.randn(16, 128) for _ in range(3)), settings=settings).engine.graph
+    assert sum(node.kind == "fallback" for node in graph.nodes) == 0
+
+
+class _Each(nn.Module):
+    """A layer for each argument."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, *given: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, given, strict=True)]
 
 
 def test_halves_of_two_kinds_are_no_parts_of_one_kernel() -> None:

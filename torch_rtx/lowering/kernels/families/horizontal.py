@@ -49,7 +49,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     if not _is_of_products(region):
         return
     (part, *_), family, count = region.parts, gemm.FAMILY, len(region.parts)
-    alone_us = family.expected_us(part, arch, family.configs(part, arch)[0])
+    configs = family.configs(part, arch)
+    if not configs:  # no tile of one fits
+        return
+    alone_us = family.expected_us(part, arch, configs[0])
     yield Offer("apart", count * alone_us, region.body)
     for offer in family.others(part, name, arch, alone_us):
         if offer.body is None:
