@@ -375,3 +375,17 @@ def test_a_warp_of_its_own_reads_the_weights_of_a_row() -> None:
     assert loop_configs(region(body(text)))[0] != few  # of so few rows
     assert loop_configs(region(body(text.replace("6,", "6000,"))))[0] == few
     assert "weight + (R) + tl.zeros([4, 128], tl.int32)" in check(text, loop_kernel, few).source
+
+
+def test_one_element_is_read_for_a_tile_of_masks() -> None:
+    """Rows of no elements have tiles of one: the mask of a position is a tile, and the address of `w` is none."""
+    text = """
+x: H[3, 1]
+w: H[1]
+i: i64[0]
+p: H[3, 1] = mul.Tensor(self=x, other=w)
+q: H[0, 1] = index.Tensor(self=p, indices=[i])
+y: H[()] = sum.dim_IntList(self=q, dim=[0, 1])
+return y
+"""
+    check(text, loop_kernel, loop_configs(region(body(text)))[0])

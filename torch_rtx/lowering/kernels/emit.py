@@ -214,7 +214,7 @@ class Emitter:
         masks = [*self._masks(axes), *conditions]
         wide = frozenset(self.axes) if self.spread in axes else axes.union(*(mask.axes for mask in masks))
         place = self._pointer(tensor.name, address)
-        if self.shape(wide) != self.shape(axes):
+        if self.shape(wide) != self.shape(axes) or (wide and not axes):  # a pointer alone is no tile, not even of one
             place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
         packed = DTYPES[tensor.dtype].packing is not None
         zero = f"tl.full((), 0, {tl_dtype(tensor.dtype)})" if packed else "0"
