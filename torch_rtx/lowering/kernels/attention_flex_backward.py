@@ -33,7 +33,6 @@ from torch_rtx.targets import Arch
 
 STEP = "step"  # the loop over tiles
 MAX_REGISTERS = 232  # of a thread, for the tiles that are held at once
-REGISTERS = 65536  # of a multiprocessor
 
 
 def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
@@ -72,7 +71,7 @@ def _stages(attn: Attention, tile: AttentionConfig, of_query: bool, arch: Arch) 
     counts: tuple[int, ...] = (1,)
     if "cp_async" in arch.features:
         shared = _shared(attn, replace(tile, num_stages=2), of_query, arch)
-        room = min(REGISTERS // (tile.num_warps * 32 * MAX_REGISTERS), arch.shared // shared)
+        room = min(arch.registers // (tile.num_warps * 32 * MAX_REGISTERS), arch.shared // shared)
         counts = (2, 3, 1) if room > 1 else (3, 2, 1)
     found = [replace(tile, num_stages=count) for count in counts]
     return [one for one in found if _fits(attn, one, of_query, arch)]

@@ -87,7 +87,7 @@ class _Writer(Rewriter):
         if node.kind == "op" and self._rebuilt(node):
             return
         changed = any(self.current(value) != value for value in node.inputs)
-        free = node.kind == "op" and node.op != COPY and node.op not in aten.STRIDED
+        free = node.kind == "op" and node.op != COPY and node.op not in aten.STRIDED and not _is_grouped(node)
         if changed and not (free and self._propagate(node, node.map_inputs(self.current))):
             for value in node.inputs:
                 self.restore(value)
@@ -134,7 +134,7 @@ class _Writer(Rewriter):
 
     def _gradients(self, node: Node) -> bool:
         """The gradients of a convolution, of channels-last images and weight; libraries return them in this layout."""
-        if any(len(type_of(one).shape) - 2 not in CONVOLUTION_OF_RANK for one in node.inputs):
+        if _is_grouped(node) or any(len(type_of(one).shape) - 2 not in CONVOLUTION_OF_RANK for one in node.inputs):
             return False
         args = tuple(
             (key, self._to_channels_last(attr) if isinstance(attr, Value) else attr) for key, attr in node.args
@@ -434,6 +434,14 @@ class _Writer(Rewriter):
             if old is not None and new is not None:
                 self.replace(old, new)
                 self._restored.add(old.name)
+
+
+def _is_grouped(node: Node) -> bool:
+    """The gradients of a convolution of groups of several channels, for which libraries are slow in this layout."""
+    weight = node.arg("weight")
+    if node.op != GRADIENTS or not isinstance(weight, Value):
+        return False
+    return node.arg("groups") != 1 and type_of(weight).shape[1] != 1
 
 
 def _of_nonempty(stride: Dim) -> Dim:
