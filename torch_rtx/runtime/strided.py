@@ -117,25 +117,28 @@ def count_writes(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
-    overwrite_all([target], [source])
+    """Copy values; a dimension of stride 0 has one element in memory, which is written once. Where memory is alike this
+    is one copy of it, whose addresses a CUDA graph can be told anew."""
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    with torch.no_grad():
+        target.copy_(source)
 
 
 def overwrite_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """As `overwrite` for each. Those of one dtype and device that lie in memory alike are copied by one call, which on
-    CUDA is one launch for many of them."""
+    CUDA is one launch for many of them; not for the capture of a CUDA graph whose addresses change."""
     groups: dict[Hashable, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        if target.dtype in _TOGETHER and target.stride() == source.stride() and _is_dense(target):
+            words = _TOGETHER[target.dtype]
+            if target.dtype != words:
+                target, source = target.view(words), source.view(words)
+            groups.setdefault((words, target.device, source.device), []).append((target, source))
+        else:
+            overwrite(target, source)
     with torch.no_grad():
-        for target, source in zip(targets, sources, strict=True):
-            if target.dtype in _TOGETHER and target.stride() == source.stride() and _is_dense(target):
-                if target.dtype != (words := _TOGETHER[target.dtype]):
-                    target, source = target.view(words), source.view(words)
-                groups.setdefault((target.dtype, target.device, source.device), []).append((target, source))
-                continue
-            for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-                if stride == 0 and size > 1:
-                    target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-            target.copy_(source)
         for pairs in groups.values():
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
