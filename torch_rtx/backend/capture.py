@@ -42,10 +42,10 @@ from torch_rtx.backend.known_values import fixed_numbers, known_values
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
-from torch_rtx.backend.saved_images import saving_channels_last
+from torch_rtx.backend.saved_images import save_channels_last
 from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.sharded import export_divided, is_divided
-from torch_rtx.backend.training import saving_old_values
+from torch_rtx.backend.training import save_old_values, then
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
 from torch_rtx.runtime.background import BACKGROUND
@@ -183,8 +183,8 @@ def capture(
     Products of more than `logits_bytes` exist by chunks of rows where only a loss reads them (`row_chunks`). Images are
     saved channels-last (`saved_images`) if there are kernels for the device.
     """
-    parts = rewriting(partition, logits_bytes)
-    partitioner = Tolerating(saving_old_values(saving_channels_last(parts) if has_kernels else parts))
+    changes = (save_channels_last, save_old_values) if has_kernels else (save_old_values,)
+    partitioner = Tolerating(then(rewriting(partition, logits_bytes), *changes))
     backend = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,

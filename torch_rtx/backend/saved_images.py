@@ -7,36 +7,24 @@ the backward each gradient, although neither reads them so.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from torch_rtx import aten
-from torch_rtx.backend.training import Partitioner, traced
+from torch_rtx.backend.training import traced
 
 CONVOLUTION = torch.ops.aten.convolution.default
 CLONE = torch.ops.aten.clone.default
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
 
 
-def saving_channels_last(partitioner: Partitioner) -> Partitioner:
-    """`partitioner`, but the forward saves a channels-last copy of each image that lies row by row, of which the
-    backward makes what it was. `channels_last` finds that no copy is needed where both would have it so anyway."""
-
-    def partition(
-        joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **others: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        forward, backward = partitioner(joint, inputs, num_fwd_outputs=num_fwd_outputs, **others)
-        _lay_out(forward, backward, num_fwd_outputs)
-        return forward, backward
-
-    return partition
-
-
-def _lay_out(forward: fx.GraphModule, backward: fx.GraphModule, count: int) -> None:
-    """The results of the forward after the first `count` are saved."""
+def save_channels_last(forward: fx.GraphModule, backward: fx.GraphModule, count: int) -> None:
+    """Save a channels-last copy of each image that lies row by row, of which the backward makes what it was. The pass
+    `channels_last` finds that no copy is needed where both have it so anyway. The results after the first `count` are
+    saved."""
     images, output = _images(forward.graph), forward.graph.output_node()
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}

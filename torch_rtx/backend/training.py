@@ -17,22 +17,27 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]  # from a joint graph: its forward and backward
 
 
-def saving_old_values(partitioner: Partitioner) -> Partitioner:
-    """`partitioner`, but where it saves an input that the forward graph overwrites, such as a buffer, or a view of one,
-    a copy of the old values is saved. PyTorch's partitioners would let the backward compute with the new ones."""
+def then(partitioner: Partitioner, *changes: Callable[[fx.GraphModule, fx.GraphModule, int], None]) -> Partitioner:
+    """`partitioner`, whose forward and backward are changed one after the other.
+
+    Args:
+        changes: also get the number of the forward's results that are not saved. These come first.
+    """
 
     def partition(
         joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **others: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         forward, backward = partitioner(joint, inputs, num_fwd_outputs=num_fwd_outputs, **others)
-        _save_copies(forward, backward, num_fwd_outputs)
+        for change in changes:
+            change(forward, backward, num_fwd_outputs)
         return forward, backward
 
     return partition
 
 
-def _save_copies(forward: fx.GraphModule, backward: fx.GraphModule, count: int) -> None:
-    """Save copies of what the forward graph overwrites; its results after the first `count` are saved."""
+def save_old_values(forward: fx.GraphModule, backward: fx.GraphModule, count: int) -> None:
+    """Save copies of what the forward graph overwrites, such as a buffer, or a view of one, instead of it: PyTorch's
+    partitioners would let the backward compute with the new values. The results after the first `count` are saved."""
     writes = forward.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     written = {_storage(node.args[0]) for node in writes} - {None}
     output = forward.graph.output_node()

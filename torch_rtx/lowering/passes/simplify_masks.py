@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, contiguous
+from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_map, contiguous
 from torch_rtx.lowering.constants import MAX_ELEMENTS, Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product, ravel
@@ -24,15 +24,14 @@ CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 def simplify_masks(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
     constants, positions, escapes = Constants(graph), Positions(graph), escaping(graph)
-    made: dict[tuple[str, str], Value] = {}  # by mask and condition, the mask of this condition alone
+    made: dict[tuple[int, str], Value] = {}  # by the id of a choice and by condition: the choice by this condition
 
-    def of(condition: Value, mask: Value, rewriter: Rewriter) -> Value:
-        key = mask.name, condition.name
+    def chosen(choice: Node, condition: Value, rewriter: Rewriter) -> Value:
+        key = id(choice), condition.name
         if key not in made:
-            where = _where(mask, constants)
-            assert where is not None
-            numbers = {name: rewriter.current(where.arg(name)) for name in ("self", "other")}  # type: ignore[arg-type]  # `_condition` found them
-            made[key] = rewriter.emit(where.op, where.loc, condition=rewriter.current(condition), **numbers)
+            args = {**dict(choice.args), "condition": condition}
+            current = {name: attr_map(attr, rewriter.current) for name, attr in args.items()}
+            made[key] = rewriter.emit(choice.op, choice.loc, **current)
         return made[key]
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -44,11 +43,11 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
             return False
         if node.arg("bias") is not None:
             return False
-        condition, exact = _condition(mask, constants)
+        condition, choice = _condition(mask, constants)
         needed, op = _needed(condition, constants, positions), node.op
         causal = needed is not None and op == SDPA and _is_causal(needed, _scores(node), constants, positions)
-        if needed is not None and not causal and not exact:
-            needed = mask if needed is condition else of(needed, mask, rewriter)
+        if needed is not None and not causal and choice is not None:
+            needed = mask if needed is condition else chosen(choice, needed, rewriter)
         args: dict[str, Attr] = dict(node.args)
         if needed is None:
             del args["attn_mask"]
@@ -76,30 +75,25 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min
 
 
-def _condition(mask: Value, constants: Constants) -> tuple[Value, bool]:
-    """The condition of a mask that adds 0 where it holds and else minus infinity; another mask as it is. And whether
-    the condition hides what the mask hides also in rows without a visible key, where the minimum of a dtype does not.
+def _condition(mask: Value, constants: Constants) -> tuple[Value, Node | None]:
+    """The condition of a mask that adds 0 where it holds and else minus infinity; another mask as it is. And the call
+    that chooses by the condition, if a mask must still be made of it: the minimum of a dtype hides nothing in rows
+    without a visible key.
     """
-    node = _where(mask, constants)
-    if node is None:
-        return mask, True
-    condition, *numbers = (node.arg(name) for name in ("condition", "self", "other"))
-    zero, hidden = map(constants.find, numbers)
-    if zero is None or hidden is None or not isinstance(condition, Value) or not isinstance(condition.type, TensorType):
-        return mask, True
-    if zero.dtype == torch.bool or not bool((zero == 0).all()) or bool(visible_keys(hidden).any()):
-        return mask, True
-    if len(condition.type.shape) < 2:
-        return mask, True
-    return condition, bool((hidden == -torch.inf).all())
-
-
-def _where(mask: Value, constants: Constants) -> Node | None:
-    """The choice that makes a mask, which may be expanded."""
     node = constants.producer.get(mask.name)
     while node is not None and node.op == "aten.expand.default" and isinstance(source := node.arg("self"), Value):
         node = constants.producer.get(source.name)
-    return node if node is not None and node.op == "aten.where.self" else None
+    if node is None or node.op != "aten.where.self":
+        return mask, None
+    condition, *numbers = (node.arg(name) for name in ("condition", "self", "other"))
+    zero, hidden = map(constants.find, numbers)
+    if zero is None or hidden is None or not isinstance(condition, Value) or not isinstance(condition.type, TensorType):
+        return mask, None
+    if zero.dtype == torch.bool or not bool((zero == 0).all()) or bool(visible_keys(hidden).any()):
+        return mask, None
+    if len(condition.type.shape) < 2:
+        return mask, None
+    return condition, None if bool((hidden == -torch.inf).all()) else node
 
 
 def _needed(mask: Value, constants: Constants, positions: Positions) -> Value | None:
