@@ -1,9 +1,10 @@
 """What users bring along, inside of compiled code: flex_attention, a loop over tokens, and a kernel of their own.
 
-    python -m benchmarks.user_programs [flex|loop|launch ...] [--size full|small] [--json FILE]
+    python -m benchmarks.user_programs [flex|loop|launch ...] [--cases causal,...] [--size full|small] [--json FILE]
 
 `flex`: flex_attention of float16 operands [4, 16, 4096, 64 or 128] beside PyTorch's compiled one, forward and gradients
-of query, key and value; errors are those of one head, to float64, relative to the norm. `loop`: `while_loop` that makes
+of query, key and value; errors are those of one head, to float64, relative to the norm; `--cases` selects some of the
+modifications. `loop`: `while_loop` that makes
 64 tokens in one CUDA graph, beside 64 calls of an engine of one step. `launch`: an engine of a Triton kernel beside one
 of the kernel that is generated for the same sum. Times are medians on the device. Without a GPU only `loop` runs.
 """
@@ -16,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from benchmarks import timing
 
 ROUNDS = 8
 PEERS = ("rtx", "inductor")
+CASES = ("causal", "window", "alibi", "documents")
 TOKENS = 64
 Row = dict[str, Any]
 
@@ -52,7 +55,7 @@ def ready(call: timing.Call) -> None:
     call()
 
 
-def flex(device: str, small: bool) -> list[Row]:
+def flex(device: str, small: bool, cases: Sequence[str] = CASES) -> list[Row]:
     """A row for each modification and width of heads."""
     batch, heads, length = (2, 2, 256) if small else (4, 16, 4096)
     slopes = (2.0 ** -torch.arange(1, heads + 1, device=device) / 2).float()
@@ -69,7 +72,8 @@ def flex(device: str, small: bool) -> list[Row]:
     }
     rows = []
     for width in (64,) if small else (64, 128):
-        for name, (score_mod, mask_mod) in modifications.items():
+        for name in cases:
+            score_mod, mask_mod = modifications[name]
             per_batch = batch if name == "documents" else None
             mask = create_block_mask(mask_mod, per_batch, None, length, length, device=device)
             shape = (batch, heads, length, width)
@@ -89,8 +93,8 @@ def _attention(shape: tuple[int, ...], score_mod: Any, mask: Any, device: str) -
     backward: dict[str, timing.Call] = {}
     errors = {}
     exact = _exact(query, key, value, upstream, score_mod, mask)
+    torch._dynamo.reset()  # once: the second peer's would let the first one compile again while it is measured
     for peer in PEERS:
-        torch._dynamo.reset()
         call = torch.compile(
             lambda q, k, v: flex_attention(q, k, v, score_mod=score_mod, block_mask=mask), backend=peer
         )
@@ -240,20 +244,29 @@ def launch(device: str, small: bool) -> list[Row]:
 PROGRAMS: dict[str, Callable[[str, bool], list[Row]]] = {"flex": flex, "loop": loop, "launch": launch}
 
 
+def _cases(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := sorted({*found} - {*CASES}):
+        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Measure; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="*", choices=[*PROGRAMS, []])
+    parser.add_argument("--cases", type=_cases, default=CASES, metavar="NAME,...", help=f"of flex: {', '.join(CASES)}")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     rows = {}
+    programs = PROGRAMS | {"flex": partial(flex, cases=given.cases)}
     for name in given.programs or PROGRAMS:
         if given.device != "cuda" and name != "loop":
             print(f"{name}: needs a GPU")
             continue
-        rows[name] = PROGRAMS[name](given.device, given.size == "small")
+        rows[name] = programs[name](given.device, given.size == "small")
     for part in ("forward", "backward"):
         ratios = [row[part]["inductor"] / row[part]["rtx"] for row in rows.get("flex", ())]
         if ratios:

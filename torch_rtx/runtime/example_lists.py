@@ -26,6 +26,15 @@ def fill_lists(graph: Graph, inputs: Sequence[torch.Tensor], known: Container[st
             _fill(count, indices, bool(whole), len(tensors) > 2, node.op == FLEX_GRAD_KEY_VALUE)
 
 
+def by_queries(count: torch.Tensor, indices: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of blocks of queries for each block of keys, as lists of blocks of keys for each of `blocks` of queries."""
+    *lead, places = indices.shape
+    is_listed = torch.arange(places, device=count.device) < count[..., None]
+    room = torch.zeros(*lead, blocks + 1, dtype=torch.int32, device=count.device)
+    found = room.scatter_(-1, torch.where(is_listed, indices, blocks).long(), 1)[..., :blocks].mT
+    return found.sum(-1, dtype=torch.int32), found.argsort(-1, descending=True).int()
+
+
 def _is_open(value: Value, given: dict[str, torch.Tensor], known: Container[str]) -> bool:
     return value.name in given and value.name not in known
 

@@ -201,7 +201,7 @@ class Tuner:
                 check = self.check(bind_node(region.node, sizes))
                 problem = check.problem(check.code({region.node.op: bound(tactic, sizes)}))
                 if problem is not None:
-                    raise KernelError(_refused(problem))
+                    raise KernelError(_refused(region, candidate, problem))
             self.use(region, tactic)
         except (RtxError, torch.OutOfMemoryError) as error:
             self.reject(region, error)
@@ -268,9 +268,14 @@ class Tuner:
             one.select()
 
 
-def _refused(problem: str) -> str:
-    """Why a candidate with this problem is not used."""
-    return problem if problem == LESS_EXACT else f"its kernel computes wrong results: {problem}"
+def _refused(region: Region, candidate: Candidate, problem: str) -> str:
+    """Why a candidate with this problem is not used; of one that is wrong, what tells it from the region's others."""
+    if problem == LESS_EXACT:
+        return problem
+    variants = [launch.aligned for launch in candidate.tactic.kernels.values()]
+    blocks = " and ".join(f"{one.num_warps} warps, {one.shared} bytes of shared memory" for one in variants)
+    which = f"{candidate.tactic.kind} {candidate.rank} of {region.node.op}"
+    return f"{which}{f' ({blocks})' if blocks else ''} computes wrong results: {problem}"
 
 
 class Measurements:
@@ -316,7 +321,7 @@ class Measurements:
             code = check.code(inside | {op: tactic})
             problem = check.problem(code)
             if problem is not None:
-                raise KernelError(_refused(problem))
+                raise KernelError(_refused(region, candidate, problem))
             if not self.times and tuner.is_native(region):
                 native = tuner.tactics[op]
                 self._time(f"engine {native.kind}", check, check.code(inside | {op: native}))

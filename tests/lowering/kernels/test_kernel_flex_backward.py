@@ -13,7 +13,7 @@ from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from tests.helpers.flex import Call, alibi, causal, document, from_call, gradients, soft_cap, weighted
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import TensorType, attr_values
+from torch_rtx.ir import Node, TensorType, attr_values
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
@@ -22,8 +22,10 @@ from torch_rtx.lowering.kernels.attention_tiles import in_order
 from torch_rtx.lowering.kernels.index import constant
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.op_work import FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
+from torch_rtx.runtime.candidate_check import CandidateCheck
 from torch_rtx.targets import Target, arch_of
 
+CPU = torch.device("cpu")
 SMALL = AttentionConfig(16, 16, 4, 1, 16)
 # Products begin before others need what they compute, as with wgmma.
 OVERLAPS = "both lists, rows without keys", "alibi, shared heads in two pieces"
@@ -102,3 +104,19 @@ def test_tiles_lie_within_blocks() -> None:
     shared = parse(str(body).replace("f16[2, 1, 128, 64]", "f16[1, 1, 128, 64]"))
     with pytest.raises(Unsupported, match="batches share"):
         gradient_kernel(region(shared), "gradient", configs[0])
+
+
+@pytest.mark.parametrize("op", [FLEX_GRAD_QUERY, FLEX_GRAD_KEY_VALUE])
+def test_checks_get_weights_of_the_forward(op: str) -> None:
+    """With a random statistic of rows a right kernel would compute weights that float16 does not hold, and
+    be refused; or the calls would, and be no measure of a wrong one."""
+    call = Call(lambda s, b, h, q, k: 4 * s, causal, (1, 2, 1, 64, 96, 16), 32)
+    body, _ = from_call(*gradients(call)[1:], op)
+    kernel = gradient_kernel(region(body), "gradient", SMALL)
+    given = tuple((value.name, value) for value in body.inputs)
+    check = CandidateCheck(Node("kernel", "k", given, tuple(attr_values(body.outputs)), body), CPU)
+    outputs = [torch.full_like(one, torch.nan) for one in check.expected]
+    run(kernel, [*check._inputs, *outputs])
+    assert check.problem(lambda *_: outputs) is None
+    assert max(check._limits) < 2e-3
+    assert "relative error" in str(check.problem(lambda *_: [1.01 * one for one in outputs]))
