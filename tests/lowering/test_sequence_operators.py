@@ -273,10 +273,20 @@ def test_integers_are_counted() -> None:
     assert found.tolist() == [int((x == number).sum()) for number in range(1, 6)]
 
 
+class Scaled(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.register_buffer("by", torch.full((1, 1), by), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.by
+
+
 def test_numbers_of_models_are_parts_of_their_graphs() -> None:
-    """Two that differ in a number are two graphs, also in the sign of a zero."""
+    """Two that differ in a number are two graphs, also in the sign of a zero; whatever the number's shape."""
     texts = {str(fused(Call(lambda x, c=c: x / torch.tensor(c)), (X,))) for c in (0.0, -0.0, 0.5)}
-    assert len(texts) == 3
+    texts |= {str(fused(Scaled(by), (X,))) for by in (2.0, 3.0)}
+    assert len(texts) == 5
     assert not any("constant" in text for text in texts)
 
 

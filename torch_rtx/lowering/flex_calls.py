@@ -358,7 +358,7 @@ class _Mod:
 
     def _attribute(self, node: fx.Node) -> Any:
         content = attribute(self.inner, node)
-        number = number_of(content) if isinstance(content, torch.Tensor) else None
+        number = number_of(content) if isinstance(content, torch.Tensor) and not content.dim() else None
         if number is None:
             raise Unsupported("a modification of scores with a constant tensor")
         return self.constant(number, content.dtype)

@@ -84,9 +84,11 @@ class Role:
 
 
 def number_of(tensor: torch.Tensor) -> bool | int | float | None:
-    """The only element of a constant without dimensions, as a model writes `torch.tensor(0.5)`; None for other tensors,
-    and for what no literal is."""
-    if type(tensor) is not torch.Tensor or tensor.dim() or tensor.is_complex() or tensor.is_meta:
+    """The only element of a constant, as a model writes `torch.tensor(0.5)`; None for other tensors, and for what no
+    literal is."""
+    if type(tensor) is not torch.Tensor or tensor.numel() != 1 or tensor.is_complex() or tensor.is_meta:
+        return None
+    if tensor.layout != torch.strided or set(tensor.stride()) - {1}:
         return None
     if tensor.dtype not in aten.DTYPES.values() or (tensor.is_floating_point() and tensor.itemsize == 1):
         return None
@@ -358,7 +360,7 @@ class _Importer:
     def number(self, number: bool | int | float, content: torch.Tensor) -> Value:
         type_ = self.symbols.type(content)
         assert isinstance(type_, TensorType)
-        args = (("size", ()), ("fill_value", number), ("dtype", type_.dtype), ("device", type_.device))
+        args = (("size", type_.shape), ("fill_value", number), ("dtype", type_.dtype), ("device", type_.device))
         value = self.next_value(type_)
         self.nodes.append(Node("op", "aten.full.default", args, (value,)))
         return value

@@ -1,4 +1,4 @@
-"""Tensors that a formula describes: of one number, of positions along an axis, and triangles of two numbers.
+"""Tensors that a formula describes: of one number, of positions along an axis or several, and triangles of two numbers.
 
 Exporters compute the masks and the positions of a model and write them as tensors, of which nothing is known to a
 compiler. Written as PyTorch writes them, a causal mask is seen to be one.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MAX_COLUMNS = 8  # dimensions that positions are in
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,6 +22,8 @@ class Formula:
 
     Attributes:
         other: None: the same formula holds everywhere.
+        columns: on the last axis, whose every place has a formula of its own, as positions in several dimensions do:
+            how much more than `first` it begins with, its step and its axis. None: there is one formula.
     """
 
     shape: tuple[int, ...]
@@ -29,10 +32,14 @@ class Formula:
     axis: int = 0
     other: float | None = None
     diagonal: int = 0
+    columns: tuple[tuple[int, int, int], ...] | None = None
 
     def tensor(self, like: Tensor) -> Tensor:
         """The tensor, in the dtype and on the device of another."""
         dtype, device = like.dtype, like.device
+        if self.columns is not None:
+            parts = (Formula(self.shape[:-1], self.first + more, step, axis) for more, step, axis in self.columns)
+            return torch.stack([part.tensor(like) for part in parts], -1)
         if self.step:
             sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
             places = torch.arange(self.shape[self.axis], device=device) * self.step + int(self.first)
@@ -68,7 +75,16 @@ def _progression(tensor: Tensor, shape: tuple[int, ...]) -> Formula | None:
         found = Formula(shape, first, step, axis)
         if step and torch.equal(found.tensor(tensor), tensor):
             return found
-    return None
+    return _columns(tensor, shape, first)
+
+
+def _columns(tensor: Tensor, shape: tuple[int, ...], first: int) -> Formula | None:
+    """Of positions in several dimensions, the last axis."""
+    if len(shape) < 2 or shape[-1] > MAX_COLUMNS or tensor.numel() == shape[-1]:
+        return None
+    parts = [formula(column) for column in tensor.unbind(-1)]
+    columns = [(int(part.first) - first, part.step, part.axis) for part in parts if part and part.columns is None]
+    return Formula(shape, first, columns=tuple(columns)) if len(columns) == len(parts) else None
 
 
 def _triangle(tensor: Tensor, bits: Tensor, shape: tuple[int, ...]) -> Formula | None:

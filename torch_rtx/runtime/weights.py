@@ -35,9 +35,10 @@ from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan
 from torch_rtx.runtime.recipes import Group, Recipes
 from torch_rtx.runtime.streaming import Streamer
-from torch_rtx.runtime.strided import compact, overwrite, overwrite_all, restride
+from torch_rtx.runtime.strided import compact, copy_strided, overwrite, overwrite_all, restride
 from torch_rtx.runtime.watch import Watch, captures, same_bits
 from torch_rtx.runtime.weight_match import check, match
+from torch_rtx.targets import ALIGNMENT
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
@@ -109,7 +110,7 @@ class WeightStore:
             if not self._variable[index]:
                 overwrite(self._hosts[index], self._make(index, {}))
         self.values = [
-            self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._make(i, {})
+            self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._constant(i)
             for i, variable in enumerate(self._variable)
         ]
         self.originals: Tensors = {}
@@ -533,6 +534,13 @@ class WeightStore:
         for batch in self._recipes.batches(sorted(wanted - plain)):
             made = self._run(batch, sources, host)
             yield {index: value for index, value in made.items() if index in wanted}
+
+    def _constant(self, index: int) -> torch.Tensor:
+        """A weight without parameters. What is computed lies where kernels take it, also a part of a constant: else
+        each call would copy it."""
+        made = self._make(index, {})
+        odd = self.weights[index].recipe is not None and made.data_ptr() % ALIGNMENT
+        return copy_strided(made, made.stride()) if odd else made
 
     def _make(self, index: int, sources: Tensors) -> torch.Tensor:
         """The weight computed from `sources`, alone; it shares their memory where its recipe allows."""

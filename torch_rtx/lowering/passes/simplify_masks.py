@@ -165,7 +165,7 @@ def _in_order(type_: TensorType, indices: tuple[Attr, ...], constants: Constants
     """Whether constant indices of a tensor with static sizes read every element in order."""
     found = [constants.find(index) for index in indices]
     sizes = [size for size in type_.shape if isinstance(size, int)]
-    if any(index is None for index in found) or len(sizes) != len(found):
+    if any(index is None for index in found) or len(sizes) != len(type_.shape):
         return False
     count = int(torch.Size(sizes).numel())
     if count > MAX_ELEMENTS:
