@@ -25,7 +25,7 @@ from tests.lowering.kernels.kernel_bodies import body, check_split_graph
 from tests.lowering.test_kernel_models import body_in_float64, check, drawn, kernels, small
 from torch_rtx.backend import compiler, entry
 from torch_rtx.backend.kernels import build_kernels
-from torch_rtx.ir import Graph, Node
+from torch_rtx.ir import Graph, Node, TensorType
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import Form, forms, generate
 from torch_rtx.lowering.kernels.region import region
@@ -216,6 +216,38 @@ def test_gradients_of_norms() -> None:
     images = torch.randn(4, 3, 12, 10).to(memory_format=torch.channels_last)
     for model, x in ((Residual().to(memory_format=torch.channels_last), images), (Residual(), images.contiguous())):
         compared(model, (x,), {}, compiled_step(copy.deepcopy(model), (x,), {}))
+
+
+class Pooled(nn.Module):
+    """A pooling whose windows overlap, of an activation that is nothing else's operand, and one of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 3, stride=2, padding=1)
+        return self.second(F.max_pool2d(x, 2, ceil_mode=True))
+
+
+@pytest.mark.parametrize(("size", "dtypes"), [((13, 10), ["i16", "i16"]), ((190, 183), ["i16", "i32"])])
+def test_gradients_of_pooling_save_narrow_positions(size: tuple[int, int], dtypes: list[str]) -> None:
+    model, x = Pooled(), torch.randn(2, 3, *size)
+    done = compiled_step(copy.deepcopy(model), (x,), {})
+    compared(model, (x,), {}, done)
+    _, backward = done[0]
+    saved = [value.type.dtype for value in backward.inputs if isinstance(value.type, TensorType)]
+    assert sorted(dtype for dtype in saved if dtype.startswith("i")) == dtypes
+    assert not any("with_indices.default" in node.op for body in bodies(backward) for node in body.nodes)
+
+
+def bodies(graph: Graph) -> Iterator[Graph]:
+    """A graph, and those in it."""
+    yield graph
+    for node in graph.nodes:
+        if node.body is not None:
+            yield from bodies(node.body)
 
 
 IMAGE = "H[4, 16, 8, 8](1024, 1, 128, 16)"

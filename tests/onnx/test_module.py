@@ -206,6 +206,33 @@ def test_casts_to_float32_follow_the_module() -> None:
         assert y.shape == (4099,)
 
 
+def test_floats_of_the_host_follow_the_module() -> None:
+    """Beside tensors of its dtype, as a mask of sizes does that is added to scores."""
+    nodes = [
+        node("Shape", "x", "shape"),
+        node("Cast", "shape", "sizes", to=TensorProto.FLOAT),
+        node("Add", "x sizes", "sum"),
+        node("MatMul", "sum weight", "y"),
+    ]
+    made = graph(nodes, [value("x", [3, 2])], [value("y")], {"weight": np.eye(2, dtype=np.float32)})
+    for dtype in (torch.float16, torch.float64):
+        module = from_onnx(model(made)).to(dtype)
+        found = module(torch.zeros(3, 2, dtype=dtype))
+        torch.testing.assert_close(found, torch.tensor([[3, 2]] * 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("op", ["Expand", "Gather"])
+def test_weights_that_computed_sizes_move_are_weights(op: str) -> None:
+    """They are no part of the program, however small: training and refits change them."""
+    nodes = [node("Shape", "x", "shape"), node(op, "weight shape", "moved"), node("Add", "x moved", "y")]
+    weight = np.arange(1, 3 if op == "Expand" else 5, dtype=np.float32)
+    module = from_onnx(model(graph(nodes, [value("x", [3, 2])], [value("y")], {"weight": weight})))
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert not module(torch.zeros(3, 2)).equal(torch.zeros(3, 2))
+    module.get_parameter("weight").data.zero_()
+    assert module(torch.zeros(3, 2)).equal(torch.zeros(3, 2))
+
+
 def test_outputs() -> None:
     made = graph([node("Identity", "x", "y")], [value("x", [2])], [value("y"), value("x")])
     module = from_onnx(model(made))

@@ -99,7 +99,7 @@ def check_bits(calls: str, layout: str, device: torch.device) -> None:
     members[2].view(-1)[: len(EDGES)] = EDGES.to(device)
     if "(1, 5)" in layout:
         members = [member.t().contiguous().t() for member in members]
-    (results,) = all_([recipes._stacked(tuple(members))], ())
+    (results,) = all_([recipes._stacked([[member] for member in members])], ())
     for member, found in zip(members, results.unbind(), strict=True):
         (own,) = one([member], ())
         assert own.stride() == found.stride()
@@ -223,7 +223,7 @@ def test_without_room_for_all_they_run_one_by_one(monkeypatch: pytest.MonkeyPatc
     model, graph = built("fp8_dynamic")
     store = WeightStore(graph, CPU, {})
 
-    def fail(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def fail(members: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(recipes, "_stacked", fail)

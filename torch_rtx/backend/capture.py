@@ -29,6 +29,7 @@ from torch.export.exported_program import (
     _decompose_exported_program,
     _override_composite_implicit_decomp,
 )
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -201,6 +202,7 @@ def capture(
 
 
 @uncollected()
+@_use_lazy_graph_module(True)  # nobody calls the modules between the passes of an export: their code is not written
 def capture_export(
     model: torch.nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...] | None = None,

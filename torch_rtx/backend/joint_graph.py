@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import fx
 
 from torch_rtx.backend.attention_calls import name_attention
 from torch_rtx.backend.row_chunks import chunk_rows, write_out
-from torch_rtx.backend.training import Partitioner
+from torch_rtx.backend.training import Partitioner, traced
 
 aten = torch.ops.aten
 # What reduces everything, and the same along dimensions.
 TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
+POOLING_GRADIENT = aten.max_pool2d_with_indices_backward.default
 RUNNING, TRAIN = (3, 4), 7  # arguments of the gradient of a batch norm
 ALIASES = (aten.detach.default, aten.alias.default)
 
@@ -26,6 +28,7 @@ def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
         drop_running_statistics(joint.graph)
         name_attention(joint.graph)
         sum_by_rows(joint.graph)
+        narrow_positions(joint.graph)
         chunk_rows(joint.graph, logits_bytes)
         forward, backward = partition(joint, inputs, **options)
         write_out(forward)
@@ -51,6 +54,34 @@ def drop_running_statistics(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm_backward.default):
         if node.args[TRAIN]:
             node.args = tuple(None if index in RUNNING else given for index, given in enumerate(node.args))
+
+
+def narrow_positions(graph: fx.Graph) -> None:
+    """Let the gradient of a pooling read the positions of the maxima, in an image of known size, in as many bytes as
+    they need, so that a quarter of the memory is saved for it."""
+    for pool in graph.find_nodes(op="call_function", target=aten.max_pool2d_with_indices.default):
+        *_, height, width = pool.args[0].meta["val"].shape
+        dtype = _position_dtype(height * width) if type(height) is type(width) is int else None
+        for positions in [user for user in pool.users if user.target is operator.getitem and user.args[1] == 1]:
+            gradients = [user for user in positions.users if user.target is POOLING_GRADIENT]
+            if dtype is None or not gradients:
+                continue
+            with graph.inserting_after(positions):
+                narrow = _cast(graph, positions, dtype)
+            for gradient in gradients:
+                with graph.inserting_before(gradient):
+                    gradient.replace_input_with(positions, _cast(graph, narrow, torch.int64))
+
+
+def _position_dtype(count: int) -> torch.dtype | None:
+    """The narrowest dtype of `count` positions; None if that is the widest."""
+    return next((one for one in (torch.int16, torch.int32) if count - 1 <= torch.iinfo(one).max), None)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta = {**node.meta, "val": traced(cast.target, cast.args, cast.kwargs)}
+    return cast
 
 
 def sum_by_rows(graph: fx.Graph) -> None:

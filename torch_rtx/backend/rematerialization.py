@@ -36,6 +36,7 @@ LAUNCH_BYTES = 2 << 20  # what a GPU reads or writes in the time that one more k
 # What a decision of ours replaces: the list of operators, and that nothing is computed again to lie in memory.
 LEFT_TO_TAGS = {"ban_recompute_not_in_allowlist": False, "ban_recompute_materialized_backward": False}
 TAG = "recompute"  # the key of PyTorch's decision on a node
+POOLING = torch.ops.aten.max_pool2d_with_indices.default  # reads each element several times, in memory
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
@@ -230,7 +231,7 @@ def _is_cheap(node: fx.Node, later: set[fx.Node]) -> bool:
     op = op_of(node)
     if _is_view(node) or not isinstance(op, torch._ops.OperatorBase):  # a function of sizes
         return True
-    if not _is_loop(op):
+    if not _is_loop(op) or op is POOLING:
         return False
     results = [user for user in node.users if user.target is operator.getitem] or [node]
     made, read = (sum(map(_size_of, nodes)) for nodes in (results, node.all_input_nodes))

@@ -48,6 +48,7 @@ from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.raise_products import raise_products
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
+from torch_rtx.lowering.passes.read_less import read_less
 from torch_rtx.lowering.passes.reduce_in_place import reduce_in_place
 from torch_rtx.lowering.passes.results_for_writes import results_for_writes
 from torch_rtx.lowering.passes.separate_pools import separate_pools
@@ -192,6 +193,7 @@ PIPELINE = (
     Pass(pack_weights, needs=("targets",), takes=("weight_copies",)),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
+    Pass(read_less, needs=("targets",), takes=("targets",)),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
     Pass(results_for_writes, needs=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),

@@ -26,6 +26,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _BITS = {torch.int32: 32, torch.int64: 64}
 _ROUNDED: dict[torch.dtype, Any] = {torch.float16: np.float16, torch.float32: np.float32}
 KNOWN_DTYPES = {torch.bool, *_BITS, *_ROUNDED, torch.float64}
+# Their first input is what they move, the others say where to.
+MOVES = {"Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"}
 Attributes = Mapping[str, Any]
 
 

@@ -196,7 +196,7 @@ class OnnxModule(nn.Module):
         for given in self.inputs:
             if given.dtype is not None and given.dtype.is_floating_point:
                 given.dtype = fn(torch.empty(0, dtype=given.dtype)).dtype
-        self._float = fn(torch.empty(0, dtype=self._float)).dtype
+        self._float = self._runner.dtype = fn(torch.empty(0, dtype=self._float)).dtype
         self._runner.steps = self._steps if self._float is torch.float32 else in_dtype(self._steps, self._float)
         return super()._apply(fn, recurse)
 

@@ -518,7 +518,9 @@ def _known_slots(steps: Sequence[Step], weights: Mapping[int, Weight]) -> set[in
 def _on_host(step: Step, inputs: set[int], computed: set[int], small: set[int], integral: set[int]) -> bool:
     if step.op not in host.HOST_OPS or not inputs:
         return False
-    return inputs <= computed | integral or (inputs <= computed | small and bool(inputs & computed))
+    # A weight that is expanded to a computed size, or looked up at a computed position, is a weight all the same.
+    sizes = {step.inputs[0]} & inputs if step.op in host.MOVES else inputs
+    return inputs <= computed | integral or (inputs <= computed | small and bool(sizes & computed))
 
 
 def _freeing(steps: Sequence[Step], kept: set[int]) -> Iterator[Step]:

@@ -32,6 +32,9 @@ class Runner:
         inputs, outputs: slots.
         known: what the model's own tensors are for the arithmetic of sizes.
         weights: slots of the model's tensors.
+
+    Attributes:
+        dtype: what the module has for float32.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Runner:
         weights: tuple[int, ...],
     ) -> None:
         self.steps, self.inputs, self.outputs, self.known, self.weights = steps, inputs, outputs, known, weights
+        self.dtype = torch.float32
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Any]:
         """The results for the inputs; None: an input has its default."""
@@ -52,7 +56,7 @@ class Runner:
         tensors = [value for value in (*inputs, *weights) if isinstance(value, Tensor)]
         # A default that the caller replaced is no longer known.
         known = {slot: value for slot, value in self.known.items() if slot not in given}
-        call = _Call(known, tensors[0].device if tensors else torch.device("cpu"))
+        call = _Call(known, tensors[0].device if tensors else torch.device("cpu"), self.dtype)
         call.steps(self.steps, values)
         results = [call.tensor(values[slot]) for slot in self.outputs]
         return [result if isinstance(result, Tensor | None) else listed(result) for result in results]
@@ -74,12 +78,21 @@ class Runner:
 class _Call:
     """A call: where its tensors are."""
 
-    def __init__(self, known: Mapping[int, Host], device: torch.device) -> None:
-        self.known, self.device, self.depth = known, device, 0
+    def __init__(self, known: Mapping[int, Host], device: torch.device, dtype: torch.dtype) -> None:
+        self.known, self.device, self.dtype, self.depth = known, device, dtype, 0
 
     def tensor(self, value: Any) -> Any:
         """A value as a tensor."""
         return value.tensor(self.device, constant=not self.depth) if isinstance(value, Host) else value
+
+    def tensors(self, values: Sequence[Any]) -> list[Any]:
+        """The values of one call as tensors. What the host computed in float32 has the dtype of the module beside
+        tensors that do: a mask, or positions. By itself it may be a size, which half precision could not hold."""
+        found = [self.tensor(value) for value in values]
+        if self.dtype is torch.float32 or not any(isinstance(v, Tensor) and v.dtype is self.dtype for v in values):
+            return found
+        follows = [isinstance(value, Host) and value.dtype is torch.float32 for value in values]
+        return [one.to(self.dtype) if cast else one for one, cast in zip(found, follows, strict=True)]
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -142,9 +155,10 @@ class _Call:
     def on_tensors(self, step: Step, inputs: Sequence[Any]) -> Sequence[Any]:
         """The results of a node's operator."""
         assert step.operator is not None
+        data = self.tensors([None if ints else value for value, ints in zip(inputs, step.ints, strict=True)])
         arguments = [
-            host.integers(self.known.get(slot, value) if slot is not None else value) if ints else self.tensor(value)
-            for value, ints, slot in zip(inputs, step.ints, step.inputs, strict=True)
+            host.integers(self.known.get(slot, value) if slot is not None else value) if ints else tensor
+            for value, tensor, ints, slot in zip(inputs, data, step.ints, step.inputs, strict=True)
         ]
         arguments = [
             value.detach() if state and isinstance(value, Tensor) else value

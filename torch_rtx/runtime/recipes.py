@@ -5,7 +5,7 @@ Each form is compiled once, when it first runs: an engine that has its weights c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -19,6 +19,7 @@ from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.joint_recipes import groups_of, joint
 from torch_rtx.runtime.recipe_forms import form_of
+from torch_rtx.runtime.recipe_passes import fewer_passes, joined_inputs
 
 # Bytes of all values at one time while recipes run together.
 MAX_BYTES = 1 << 28
@@ -31,7 +32,8 @@ class Form:
     """A recipe, and all others that differ in the names of values alone."""
 
     def __init__(self, recipe: Graph, device: torch.device) -> None:
-        self._recipe, self._device = recipe, device
+        self._given, self._device = recipe, device
+        self._recipe = recipe = self._lean(recipe)
         views = aten.bases(recipe)
         calls = sum(any(value.name not in views for value in node.results) for node in recipe.nodes)
         pays = sum(map(_bytes, recipe.inputs)) <= MAX_STACKED * calls
@@ -43,10 +45,22 @@ class Form:
         return compile_graph(self._recipe, self._device, name="recipe")
 
     @cached_property
-    def together(self) -> Code | None:
-        """Of several, see `batched`."""
-        graph = batched(self._recipe)
-        return None if graph is None else compile_graph(graph, self._device, name="recipes")
+    def together(self) -> Callable[[Sequence[Sequence[torch.Tensor]]], list[torch.Tensor]] | None:
+        """Of several, see `batched`: from the tensors of each to stacked results."""
+        graph = batched(self._given)
+        if graph is None:
+            return None
+        graph, joined = joined_inputs(self._lean(graph))
+        code = compile_graph(graph, self._device, name="recipes")
+
+        def run(inputs: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+            return code(Owned(_stacked([[own[i] for i in parts] for own in inputs]) for parts in joined), ())
+
+        return run
+
+    def _lean(self, graph: Graph) -> Graph:
+        """For a GPU, with fewer passes over memory. On a CPU, calls work on pieces that are in a cache."""
+        return fewer_passes(graph) if self._device.type == "cuda" else graph
 
     def batches(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
         """Those that run together, of about the same number each."""
@@ -124,8 +138,7 @@ def _together(form: Form, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Sequ
     """The results of each recipe; None: there is no room for what all of them need at one time."""
     assert form.together is not None
     try:
-        stacked = Owned(map(_stacked, zip(*inputs, strict=True)))
-        return list(zip(*(made.unbind() for made in form.together(stacked, ())), strict=True))
+        return list(zip(*(made.unbind() for made in form.together(inputs)), strict=True))
     except torch.OutOfMemoryError:
         return None
 
@@ -156,8 +169,12 @@ def _bytes(value: Value) -> int:
     return aten.extent(type_.shape, type_.strides) * DTYPES[type_.dtype].bytes  # type: ignore[arg-type]
 
 
-def _stacked(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The tensors, of one type, one after another in memory, each with its strides."""
+def _stacked(members: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """The tensors, of one type, one after another in memory, each with its strides; if a member has several, which are
+    contiguous, these are concatenated."""
+    if len(members[0]) > 1:
+        return torch.cat([tensor for parts in members for tensor in parts]).unflatten(0, (len(members), -1))
+    tensors = [tensor for (tensor,) in members]
     first = tensors[0]
     if first.is_contiguous():
         return torch.stack(tensors)
