@@ -1,11 +1,12 @@
 """Checks a candidate: runs a region alone, on random inputs, and compares it with its operations called one by one.
 
 A result is right if its relative error against float64 is at most twice that of the calls, or within the tolerance of
-its dtype.
+its dtype. Elements that overflow in the calls and not in float64 are not compared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,7 @@ SEEDS = count()  # each check has other inputs: right results of an earlier chec
 MIDWAY = 1e-3
 # Of integers that are numbers: all that 32 bits have, and fewer where results would not be finite.
 BITS = (32, 12, 4)
+NEARLY = 0.9  # of the largest float of a dtype: above it rounding decides whether an element is finite
 # A problem where TF32 is allowed, and libraries do not use it for these sizes.
 LESS_EXACT = "as TF32 it is less exact than the calls"
 PIECE = 1 << 22  # elements that are compared at once
@@ -100,17 +102,25 @@ class CandidateCheck:
             exact = self.expected if as_it_is else self._in_float64()
         self._midway = MIDWAY if _rounds(node.body) else 0.0
         self._may_be_tf32 = float32.of(kind_in_float32(node.body)) == HIGH
-        self._limits = [
-            max(2 * relative_error(mine, right), tolerance(mine.dtype))
-            if mine.is_floating_point()
-            else max(2 * _share(mine, right), self._midway)
-            for mine, right in zip(self.expected, exact, strict=True)
-        ]
+        measured = [self._measured(mine, right) for mine, right in zip(self.expected, exact, strict=True)]
+        self._limits = [limit for limit, *_ in measured]
+        self._exact = [right for _, right, _ in measured]
+        self._unknown = [unknown for *_, unknown in measured]
+
+    def _measured(self, mine: torch.Tensor, right: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+        """Of an output as calls compute it: the error that a kernel may have, what is right, and the elements of which
+        calls tell nothing, since they overflow; None: there are none."""
+        if not mine.is_floating_point():
+            return max(2 * _share(mine, right), self._midway), right, None
+        error, unknown = relative_error(mine, right), None
+        if error == math.inf:
+            near = right.isfinite() & (right.abs() > NEARLY * torch.finfo(mine.dtype).max)
+            unknown = near | (mine.float().isfinite() != right.isfinite())
+            right = right.masked_fill(unknown, torch.nan)
+            error = relative_error(mine.masked_fill(unknown, torch.nan), right)
         # Float32 is exact enough for narrower results.
-        self._exact = [
-            right.float() if mine.is_floating_point() and mine.itemsize < torch.float32.itemsize else right
-            for mine, right in zip(self.expected, exact, strict=True)
-        ]
+        right = right.float() if mine.itemsize < torch.float32.itemsize else right
+        return max(2 * error, tolerance(mine.dtype)), right, unknown
 
     def _in_float64(self) -> Sequence[torch.Tensor]:
         wide = compile_graph(in_float64(self.graph), self.device)
@@ -150,13 +160,14 @@ class CandidateCheck:
         poison = [torch.full_like(x, torch.nan if x.is_floating_point() else 1) for x in self.expected]
         del poison  # the allocator hands this memory out next: elements that a kernel leaves out stay NaN
         found = _comparable(code(self._given(), ()))
-        for position, (mine, right, limit) in enumerate(zip(found, self._exact, self._limits, strict=True)):
+        outputs = zip(found, self._exact, self._limits, self._unknown, strict=True)
+        for position, (mine, right, limit, unknown) in enumerate(outputs):
             if not mine.is_floating_point():
                 share = _share(mine, right)
                 if share > limit:
                     return f"output {position} differs in {share:.2%} of its elements, the limit is {limit:.2%}"
                 continue
-            error = relative_error(mine, right)
+            error = relative_error(mine if unknown is None else mine.masked_fill(unknown, torch.nan), right)
             if self._may_be_tf32 and limit < error <= TF32.tolerance:
                 return LESS_EXACT
             if not error <= limit:
