@@ -377,7 +377,8 @@ def test_convolutions_of_float8_read_float8() -> None:
     ],
 )
 def test_libraries_apply_scales_and_add_biases_before_they_round(dtype: str, kind: str, rows: int, bias: bool) -> None:
-    """But for scales of rows and columns in f16, in which they have no such product, and of few rows."""
+    """But for scales of rows and columns in f16, in which they have no such product, and of few rows: there they write
+    sums in f16, times a power of two."""
     torch.manual_seed(0)
     channels = {"preset": "fp8", "weight": {"granularity": "channel"}}
     config = {"rows and columns": "fp8_dynamic", "columns": {"*": channels}, "whole": "fp8"}[kind]
@@ -389,8 +390,26 @@ def test_libraries_apply_scales_and_add_biases_before_they_round(dtype: str, kin
     product = next(line for line in str(module.engine.graph).splitlines() if "aten._scaled_mm.default" in line)
     assert "use_fast_accum=True" in product
     by_library = kind == "whole" or (dtype == "bf16" and rows > 3)
-    assert f": {dtype if by_library else 'f32'}[{rows}, 48] =" in product
+    assert f": {dtype if by_library else 'f16'}[{rows}, 48] =" in product
     assert ("bias=" in product) == (bias and by_library)
     exact = deepcopy(model).double()(x.double())
     error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
     assert error <= max(2 * eager, 1e-2 if dtype == "bf16" else 2e-3)
+
+
+@torch.no_grad()
+def test_sums_of_float8_fit_in_halves() -> None:
+    """The largest that there are, and those of rows in which one element hides all others."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3072).half()
+    x[0], x[1, 0], x[2] = 1, 3e4, x[2] * 1e-5
+    layer = nn.Linear(3072, 16).half().eval()
+    layer.weight[0], layer.weight[1, 1:] = 1, layer.weight[1, 1:] * 1e-3
+    model = quantize_model(nn.Sequential(layer), "fp8_dynamic")
+    module = compiled(model, x)
+    assert ": f16[4, 16] = op aten._scaled_mm" in str(module.engine.graph)
+    exact, got, eager = deepcopy(model).double()(x.double()), module(x), model(x)
+    size = exact.abs().amax(1, keepdim=True)
+    error, own = (float(((one - exact) / size).abs().max()) for one in (got, eager))
+    assert torch.isfinite(got).all()
+    assert error <= max(2 * own, 1e-3)

@@ -56,16 +56,30 @@ class Operands:
 
     Attributes:
         fixed: the names of what depends on weights alone.
+        readers: by the name of a value, the nodes that read it.
     """
 
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter, self.fixed = rewriter, from_weights(rewriter.graph)
         self._producer = {value.name: node for node in rewriter.graph.nodes for value in node.results}
+        self.readers: dict[str, list[Node]] = {}
+        for node in rewriter.graph.nodes:
+            for name in dict.fromkeys(value.name for value in node.inputs):
+                self.readers.setdefault(name, []).append(node)
         self._ranges = Ranges(rewriter.graph)
         self._found: dict[str, Quantized | None] = {}
         self._given: set[str] = set()  # new values that stand for old ones
         self._made: dict[object, Value] = {}  # new calls, by their text
         self._wide: dict[str, Value] = {}  # integers, by the name of the floats that they are cast to
+
+    def readers_of(self, value: Value) -> Iterator[Node]:
+        """The nodes of the old graph that read a value of it, also through views."""
+        for node in self.readers.get(value.name, ()):
+            if node.kind == "op" and aten.is_view(aten.overload(node.op)):
+                for result in node.results:
+                    yield from self.readers_of(result)
+            else:
+                yield node
 
     def emit(self, op: str, /, **args: Attr) -> Value:
         """A call, which is new if there was no equal one."""

@@ -18,11 +18,13 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
-from math import prod
+from math import ceil, log2, prod
 
+from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, Value, dim_expr
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.iteration_space import iteration_space_of
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.quantized import Operands, Quantized, Stays, constant_along, minus, offset_of, type_of
 from torch_rtx.lowering.ranges import Range
@@ -42,6 +44,7 @@ CONVOLUTIONS += ("aten.convolution.default",)
 MIN_TERMS, MAX_TERMS, MIN_COLUMNS = 16, 1 << 15, 8
 FLOAT8_MULTIPLE = 16  # of terms and columns in `_scaled_mm`
 LEAST_ROWS = 16  # of a product with scales for each
+LARGEST = {"f8e4m3fn": 448.0, "f8e5m2": 57344.0, "f16": 65504.0}  # numbers
 
 
 def raise_quantized(graph: Graph, infer: Inference) -> Graph:
@@ -190,7 +193,7 @@ def _product(operands: Operands, node: Node) -> Value | None:
     matrix = operands.emit("aten.t.default", self=b.data) if node.op == LINEAR else b.data
     bias = operands.current(node.arg(added)) if added else None
     if type_of(a.data).dtype != "i8":
-        return _float8_product(operands, (a, replace(b, data=matrix)), bias, out, sizes)
+        return _float8_product(operands, node, (a, replace(b, data=matrix)), bias, sizes)
     total = _shaped(operands, operands.emit(INT_MM, self=_rows(operands, a.data), mat2=matrix), out)
     if a.zero != 0:
         sums = minus(operands, _summed(operands, b.data, (k,)), _times(operands, b.zero, sizes[0]))
@@ -201,9 +204,9 @@ def _product(operands: Operands, node: Node) -> Value | None:
 
 
 def _float8_product(
-    operands: Operands, factors: tuple[Quantized, Quantized], bias: Attr, out: Value, sizes: tuple[int, int]
+    operands: Operands, node: Node, factors: tuple[Quantized, Quantized], bias: Attr, sizes: tuple[int, int]
 ) -> Value:
-    a, b = factors
+    (a, b), (out,) = factors, node.results
     if any(size % FLOAT8_MULTIPLE for size in sizes) or type_of(out).dtype == "f64":
         raise Stays(f"products of 8-bit floats have a multiple of {FLOAT8_MULTIPLE} terms and of columns")
     if {type_of(one.data).dtype for one in factors} == {"f8e5m2"}:
@@ -214,9 +217,13 @@ def _float8_product(
         columns = operands.emit("aten.clone.default", self=columns, memory_format="contiguous_format")
         matrix = operands.emit("aten.t.default", self=columns)
     each = [one for one in (*a.scales, *b.scales) if isinstance(one, Value) and type_of(one).shape]
-    whole = {name: _scale(operands, () if each else one.scales) for name, one in zip(SCALES, factors, strict=True)}
     given: dict[str, Attr] = {"self": _rows(operands, a.data), "mat2": matrix}
-    dtype, scales = type_of(out).dtype, _by_row(operands, factors, out) if each else whole
+    dtype = type_of(out).dtype
+    by_row = _by_row(operands, factors, out) if each and dtype == "bf16" and _is_read_whole(operands, node) else None
+    if each and by_row is None and dtype in HALVES:
+        return _half_product(operands, given, factors, bias, out, sizes[0])
+    whole = {name: _scale(operands, () if each else one.scales) for name, one in zip(SCALES, factors, strict=True)}
+    scales = by_row if each else whole
     fits = bias is None or (isinstance(bias, Value) and type_of(bias).dtype == dtype != "f32")
     if scales and fits:
         given |= {} if bias is None else {"bias": bias}
@@ -227,13 +234,56 @@ def _float8_product(
     return _finished(operands, total, (*a.scales, *b.scales) if each else (), bias, out)
 
 
+def _half_product(
+    operands: Operands,
+    given: dict[str, Attr],
+    factors: tuple[Quantized, Quantized],
+    bias: Attr,
+    out: Value,
+    terms: int,
+) -> Value:
+    """A product whose sums are written in f16, times a power of two with which the largest one fits. Libraries write
+    these faster than sums in f32, and than those in bf16 with scales of rows. Scales and the bias are for whatever
+    reads the result: these bytes are no more than those of the result.
+
+    The sums have the bits of the result, or more. Those below the normal numbers of f16 are from operands whose
+    elements all are tiny beside the largest number of their dtype, which is what one element of a row is scaled to.
+    """
+    most = terms * prod(LARGEST[type_of(one.data).dtype] for one in factors)
+    half = max(ceil(log2(most / LARGEST["f16"]) / 2), 0)
+    down = operands.emit("aten.full.default", size=(), fill_value=2.0**-half, dtype="f32", device="main")
+    total = operands.emit(SCALED_MM, **given, **dict.fromkeys(SCALES, down), out_dtype="f16", use_fast_accum=True)
+    scales = [*factors[0].scales, *factors[1].scales]
+    # Of scales with few elements, those of activations are made by the loop that quantizes these.
+    sized = (at for at, one in enumerate(scales) if isinstance(one, Value) and one.name not in operands.fixed)
+    first = next(sized, None)
+    if first is None:
+        scales.append(4.0**half)
+    else:
+        scales[first] = operands.emit(MUL, self=operands.cast(scales[first], "f32"), other=4.0**half)
+    return _finished(operands, _shaped(operands, total, out), tuple(scales), bias, out)
+
+
+def _is_read_whole(operands: Operands, node: Node) -> bool:
+    """No loop reads the result of `node`, also through views, so that it has to be complete; or that of another product
+    of the same factor, with which `node` can be one."""
+    factor = node.arg(PRODUCTS[node.op].first)
+    assert isinstance(factor, Value)
+    products = (one for one in operands.readers[factor.name] if one.op == node.op)
+    return not all(any(map(_is_loop, operands.readers_of(one.results[0]))) for one in products)
+
+
+def _is_loop(node: Node) -> bool:
+    return node.kind == "op" and iteration_space_of(node) is not None
+
+
 def _by_row(operands: Operands, factors: tuple[Quantized, Quantized], out: Value) -> dict[str, Value] | None:
     """The scales of rows and columns as `_scaled_mm` takes them, for libraries that apply them before they round and
     write the result, as they do in bf16 alone. None: they are of another form, sizes are not known, or rows are so few
-    that sums in f32 are no more to write than the weight is to read, and libraries are faster without such scales."""
+    that the sums are no more to write than the weight is to read, and libraries are faster without such scales."""
     *lead, columns = type_of(out).shape
     rows = dim_expr("*", 1, *lead)
-    if type_of(out).dtype != "bf16" or not isinstance(rows, int) or rows < LEAST_ROWS:
+    if not isinstance(rows, int) or rows < LEAST_ROWS:
         return None
     found: dict[str, Value] = {}
     for name, one, shape in zip(SCALES, factors, ((rows, 1), (1, columns)), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial, reduce
 
 from torch_rtx.chips import BIAS_COST, MODEL_ERROR
 from torch_rtx.dtypes import DTYPES, FLOAT
@@ -138,7 +139,9 @@ def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Te
     def epilogue(total: Tensor) -> Tensor:
         sums = total.dtype
         found = total if alpha == 1 else pointwise(A * B, sums, total, number(alpha, sums))
-        for scale in scales:
+        whole = [scale for scale in scales if not scale.shape]  # multiplied once, not for each element
+        each = [scale for scale in scales if scale.shape]
+        for scale in [*each, reduce(partial(pointwise, A * B, sums), whole)] if whole else each:
             found = pointwise(A * B, sums, found, scale)
         if other is not None:
             scaled = cast(other, sums)
