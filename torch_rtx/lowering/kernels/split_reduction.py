@@ -37,7 +37,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, names_in, needed, type_of
 from torch_rtx.lowering.kernels.index import multiple
-from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
+from torch_rtx.lowering.kernels.kernel_ir import Pointwise, Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
@@ -49,6 +49,7 @@ CHUNK_CONTIGUOUS, CHUNK_STRIDED = (512, 4096), (64, 512)
 MAX_CHUNKS = 4096  # that one program combines, unless chunks would have to be longer than above for that
 STEP_ELEMENTS = 2048  # of a step of a loop over a row; see `_times`
 PROGRAMS_PER_PROCESSOR = 6
+MAX_AGAIN = 8  # operations for an element that two kernels compute
 
 
 # ---- where rows are cut ----------------------------------------------------------------------------------------------
@@ -279,7 +280,10 @@ class _Splitter:
             big = {v.name for v in self.stored if isinstance(v.type, TensorType) and _elements_of(v) == size}
             return _elements_of(value) == size and fresh & big <= read and not any(node in left for node in nodes)
 
-        self._kernel("parts", [*statistics, *filter(at_once, self._pending_outputs())])
+        once = [*filter(at_once, self._pending_outputs())]
+        after = needed(self.pending, [value for value in self._pending_outputs() if value not in once])
+        again = (value for node in before if node in after and _is_long(node) for value in node.results)
+        self._kernel("parts", [*statistics, *once, *(value for value in again if _elements_of(value) == size)])
         totals = [value for one in started for value in self._combine(one)]
         rows = _elements_of(totals[0])
         ends = [value for value in self._pending_outputs() if _elements_of(value) == rows]
@@ -328,6 +332,13 @@ class _Splitter:
         self.pending = [
             node if left == node.outputs else replace(node, outputs=left) for node, left in pairs if any(left)
         ]
+
+
+def _is_long(node: Node) -> bool:
+    """An element takes so long that it is stored for whoever needs it again, as that of a window."""
+    given: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+    tensors = everything(express(node, given).values())
+    return sum(isinstance(tensor, Pointwise) for tensor in tensors) > MAX_AGAIN
 
 
 def _elements_of(value: Value) -> Dim:
