@@ -44,6 +44,7 @@ SHOWN = 0.7  # of what programs unpack that are on one multiprocessor
 UNPACKING_US, SCALES_US = 0.05, 0.25  # of a step that unpacks for such products, and until scales of groups are there
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
+MIN_SUMMED, MOST_SUMMED = 64, 64  # columns of a tile whose rows are summed, and its elements per thread
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 F32 = "f32"
@@ -82,7 +83,8 @@ def ranked_configs(
         us, config, precision, _ = one
         if us <= RIVAL * found[0][0]:
             rivals.setdefault(precision, one)
-        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, precision
+        warps = config.num_warps if region.reductions else 0
+        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, warps, precision
         of_tile[tile] += 1
         if of_tile[tile] <= MAX_PER_TILE:
             kept.append(one)
@@ -223,6 +225,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
+        if problem.rows_of_tile and (block_m != problem.rows_of_tile or block_n < min(most_n, MIN_SUMMED)):
+            continue
         if problem.promoted and block_k > MAX_IMPRECISE:
             continue
         if problem.dtype in (F32, TF32X3) and block_k > 32:
@@ -239,6 +243,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
             given = GemmConfig(block_m, block_n, block_k, num_warps, extra_n=extra_n, stacked=stacked)
             config = _of_computed(problem, given, arch)
             if config is None or (extra and not _uses_wgmma(problem, config, arch)):
+                continue
+            if problem.rows_of_tile and area > MOST_SUMMED * 32 * num_warps:
                 continue
             if not _fits_registers(problem, config, arch):
                 continue
