@@ -44,9 +44,11 @@ def test_is_exact_or_none(numbers: list[int], shape: tuple[int, ...]) -> None:
     [
         (torch.arange(5).reshape(1, 5, 1) * 2 - 1, True),
         (torch.zeros(3, 2), True),
+        (torch.arange(6).reshape(2, 3, 1), True),
+        (torch.tensor([[0, 1, 2], [3, 4, 6]]), False),
         (torch.stack(torch.meshgrid(torch.arange(2) + 3, torch.arange(4) * 2, indexing="ij"), -1), True),
-        (torch.tensor([[[0, 5]], [[1, 5]]]), True),
-        (torch.tensor([[[0, 5]], [[1, 7]], [[2, 6]]]), False),
+        (torch.tensor([[[0, 5]], [[1, 5]], [[2, 5]], [[3, 5]]]), True),
+        (torch.tensor([[[0, 5]], [[1, 5]], [[2, 5]], [[3, 6]]]), False),
         (torch.tensor([[1, 7, 8]]), False),
         (torch.tensor([0.0, -0.0]), False),
         (torch.tensor([0, 1, 3]), False),

@@ -6,7 +6,9 @@ compiler. Written as PyTorch writes them, a causal mask is seen to be one.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,33 +19,36 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Formula:
-    """A tensor of `shape`: first + step * (place on `axis`), or `other` where the column is more than `diagonal` behind
-    the row.
+    """A tensor of `shape`: first + the sum of steps[axis] * (place on that axis), or `other` where the column is more
+    than `diagonal` behind the row.
 
     Attributes:
         other: None: the same formula holds everywhere.
         columns: on the last axis, whose every place has a formula of its own, as positions in several dimensions do:
-            how much more than `first` it begins with, its step and its axis. None: there is one formula.
+            how much more than `first` it begins with, and its steps on the other axes. None: there is one formula.
     """
 
     shape: tuple[int, ...]
     first: float = field(repr=False)  # a number of the model, which a refit compares
-    step: int = 0
-    axis: int = 0
+    steps: tuple[int, ...] = ()
     other: float | None = None
     diagonal: int = 0
-    columns: tuple[tuple[int, int, int], ...] | None = None
+    columns: tuple[tuple[int, tuple[int, ...]], ...] | None = None
 
     def tensor(self, like: Tensor) -> Tensor:
         """The tensor, in the dtype and on the device of another."""
         dtype, device = like.dtype, like.device
         if self.columns is not None:
-            parts = (Formula(self.shape[:-1], self.first + more, step, axis) for more, step, axis in self.columns)
+            parts = (Formula(self.shape[:-1], self.first + more, steps) for more, steps in self.columns)
             return torch.stack([part.tensor(like) for part in parts], -1)
-        if self.step:
-            sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
-            places = torch.arange(self.shape[self.axis], device=device) * self.step + int(self.first)
-            return places.to(dtype).reshape(sizes).expand(self.shape)
+        if any(self.steps):
+            behind = range(len(self.shape) - 1, -1, -1)
+            places = [
+                (torch.arange(size, device=device) * step).reshape(-1, *[1] * count)
+                for size, step, count in zip(self.shape, self.steps, behind, strict=True)
+                if step
+            ]
+            return (reduce(operator.add, places) + int(self.first)).to(dtype).expand(self.shape)
         if self.other is None:
             return torch.full(self.shape, self.first, dtype=dtype, device=device)
         rows, columns = (torch.arange(size, device=device) for size in self.shape[-2:])
@@ -70,20 +75,19 @@ def formula(tensor: Tensor) -> Formula | None:
 
 def _progression(tensor: Tensor, shape: tuple[int, ...]) -> Formula | None:
     first = int(tensor.reshape(-1)[0])
-    for axis, size in enumerate(shape):
-        step = int(tensor.select(axis, min(1, size - 1)).reshape(-1)[0]) - first
-        found = Formula(shape, first, step, axis)
-        if step and torch.equal(found.tensor(tensor), tensor):
-            return found
+    seconds = [tensor.select(axis, min(1, size - 1)).reshape(-1)[0] for axis, size in enumerate(shape)]
+    found = Formula(shape, first, tuple(int(second) - first for second in seconds))
+    if any(found.steps) and torch.equal(found.tensor(tensor), tensor):
+        return found
     return _columns(tensor, shape, first)
 
 
 def _columns(tensor: Tensor, shape: tuple[int, ...], first: int) -> Formula | None:
     """Of positions in several dimensions, the last axis."""
-    if len(shape) < 2 or shape[-1] > MAX_COLUMNS or tensor.numel() == shape[-1]:
+    if shape[-1] > MAX_COLUMNS or tensor.numel() <= len(shape) * shape[-1]:  # else there is more of the formula
         return None
     parts = [formula(column) for column in tensor.unbind(-1)]
-    columns = [(int(part.first) - first, part.step, part.axis) for part in parts if part and part.columns is None]
+    columns = [(int(part.first) - first, part.steps) for part in parts if part and part.columns is None]
     return Formula(shape, first, columns=tuple(columns)) if len(columns) == len(parts) else None
 
 
