@@ -196,22 +196,28 @@ def test_integers_are_all_that_results_can_bear(dtype: str, most: int) -> None:
     assert float(check.expected[0].abs().min()) != float(check.expected[0].abs().max())
 
 
-def test_what_overflows_in_calls_alone_hides_no_error() -> None:
-    """Calls round to halves what a kernel keeps in float32: the elements that overflow there are not compared, and all
-    others are."""
-    (node,) = parse("""graph fused {
+@pytest.mark.parametrize("dtype", ["f16", "f8e5m2"])
+def test_what_overflows_in_calls_alone_hides_no_error(dtype: str) -> None:
+    """Calls round what a kernel keeps in float32, and results that float64 holds: elements that overflow there
+    are not compared, and all others are."""
+    (node,) = parse(f"""graph fused {{
       input x: f16[64, 64]
-      r: f16[64, 64] = kernel k(in0=x) graph import {
+      r: {dtype}[64, 64] = kernel k(in0=x) graph import {{
         input x: f16[64, 64]
         a: f16[64, 64] = op aten.mul.Tensor(self=x, other=32768.0)
-        r: f16[64, 64] = op aten.mul.Tensor(self=a, other=0.0001220703125)
+        b: f16[64, 64] = op aten.mul.Tensor(self=a, other=0.0078125)
+        r: {dtype}[64, 64] = op aten._to_copy.default(self=b, dtype='{dtype}')
         return [r]
-      }
+      }}
       return [r]
-    }""").nodes
+    }}""").nodes
     check = CandidateCheck(node, CPU)
-    assert bool(check.expected[0].isinf().any())
-    assert check.problem(lambda inputs, _: [4 * inputs[0]]) is None  # type: ignore[arg-type]
+
+    def kernel(inputs: Any, _: Any, factor: Any = 256) -> list[torch.Tensor]:
+        return [(factor * inputs[0].float()).to(check.expected[0].dtype)]
+
+    assert not bool(check.expected[0].float().isfinite().all())
+    assert check.problem(kernel) is None  # type: ignore[arg-type]
     assert check.problem(check.code({})) is None
-    wrong = check.problem(lambda inputs, _: [torch.where(inputs[0].abs() < 1, 3.9, 4) * inputs[0]])  # type: ignore[arg-type]
+    wrong = check.problem(lambda inputs, _: kernel(inputs, _, torch.where(inputs[0].abs() < 1, 128, 256)))  # type: ignore[arg-type]
     assert "relative error" in (wrong or "")

@@ -116,8 +116,8 @@ class CandidateCheck:
         if error == math.inf:
             near = right.isfinite() & (right.abs() > NEARLY * torch.finfo(mine.dtype).max)
             unknown = near | (mine.float().isfinite() != right.isfinite())
-            right = right.masked_fill(unknown, torch.nan)
-            error = relative_error(mine.masked_fill(unknown, torch.nan), right)
+            right = _without(right, unknown)
+            error = relative_error(_without(mine, unknown), right)
         # Float32 is exact enough for narrower results.
         right = right.float() if mine.itemsize < torch.float32.itemsize else right
         return max(2 * error, tolerance(mine.dtype)), right, unknown
@@ -167,7 +167,7 @@ class CandidateCheck:
                 if share > limit:
                     return f"output {position} differs in {share:.2%} of its elements, the limit is {limit:.2%}"
                 continue
-            error = relative_error(mine if unknown is None else mine.masked_fill(unknown, torch.nan), right)
+            error = relative_error(mine if unknown is None else _without(mine, unknown), right)
             if self._may_be_tf32 and limit < error <= TF32.tolerance:
                 return LESS_EXACT
             if not error <= limit:
@@ -259,6 +259,12 @@ def _takes_bits(body: Graph) -> bool:
 def _share(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Of integers, the share that differs."""
     return float((found != exact).double().mean()) if found.numel() else 0.0
+
+
+def _without(tensor: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
+    """`tensor` with NaN for some elements; narrow floats, of which PyTorch has not all operations, as float32."""
+    wide = tensor.float() if tensor.itemsize < torch.float32.itemsize else tensor
+    return wide.masked_fill(unknown, torch.nan)
 
 
 def _rounds(body: Graph) -> bool:
