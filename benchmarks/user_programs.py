@@ -89,34 +89,35 @@ def _attention(shape: tuple[int, ...], score_mod: Any, mask: Any, device: str) -
     dtype = torch.float16 if device == "cuda" else torch.float32
     query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     upstream = torch.randn(shape, device=device, dtype=dtype)
+    calls: dict[str, Callable[..., Tensor]] = {}
     forward: dict[str, timing.Call] = {}
     backward: dict[str, timing.Call] = {}
     errors = {}
     exact = _exact(query, key, value, upstream, score_mod, mask)
-    torch._dynamo.reset()  # once: the second peer's would let the first one compile again while it is measured
-    for peer in PEERS:
-        call = torch.compile(
+
+    def run(peer: str) -> Tensor:
+        with torch.no_grad():
+            return calls[peer](query, key, value)
+
+    def step(peer: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(calls[peer](query, key, value), (query, key, value), upstream)
+
+    torch._dynamo.reset()  # not for each peer: what the first one has compiled would be gone when it is measured
+    for peer in PEERS:  # ours first: it compiles in another process, and measures kernels, while Inductor compiles here
+        calls[peer] = torch.compile(
             lambda q, k, v: flex_attention(q, k, v, score_mod=score_mod, block_mask=mask), backend=peer
         )
-
-        def run(call: Any = call) -> Tensor:
-            with torch.no_grad():
-                result: Tensor = call(query, key, value)
-            return result
-
-        def step(call: Any = call) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(call(query, key, value), (query, key, value), upstream)
-
-        ready(run)
-        ready(step)
-        result = call(query, key, value)
-        forward[peer] = run
-        backward[peer] = lambda result=result: torch.autograd.grad(  # type: ignore[misc]
-            result, (query, key, value), upstream, retain_graph=True
-        )
+        run(peer)
+        step(peer)
+    for peer in PEERS:
+        forward[peer] = partial(run, peer)
+        ready(forward[peer])
+        ready(partial(step, peer))
+        result = calls[peer](query, key, value)
+        backward[peer] = partial(torch.autograd.grad, result, (query, key, value), upstream, retain_graph=True)
         ready(backward[peer])
         errors[peer] = [
-            _error(one[0, 0], wanted) for one, wanted in zip((run(), *backward[peer]()), exact, strict=True)
+            _error(one[0, 0], wanted) for one, wanted in zip((run(peer), *backward[peer]()), exact, strict=True)
         ]
     return {"forward": median_ms(forward, device), "backward": median_ms(backward, device), "errors": errors}
 

@@ -131,7 +131,7 @@ def test_an_error_leaves_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return [form(1.0, ADD)]
 
     monkeypatch.setattr(aot, "lower", lower)
-    monkeypatch.setattr(aot, "_cores", lambda: range(1))
+    monkeypatch.setattr(aot, "cores", lambda: range(1))
     with pytest.raises(KeyboardInterrupt):
         build_kernels(GRAPH, PORTABLE, forms)
     assert len(jobs) < 6

@@ -235,7 +235,9 @@ class GraphDriver(FakeDriver):
         self.version, self.programmatic, self.fixed = 13_000, True, False
         self.CUgraphEdgeData = EdgeData
         self.CUgraphDependencyType = SimpleNamespace(CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC=1)
-        self.CUgraphInstantiate_flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
+        self.CUgraphInstantiate_flags = SimpleNamespace(
+            CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1, CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY=8
+        )
         self.stream = STREAM
         self.waits: list[tuple[int, int]] = []
         self.streams: list[int] = []
@@ -323,6 +325,7 @@ class GraphDriver(FakeDriver):
         return (Status.CUDA_SUCCESS,)
 
     def cuGraphInstantiate(self, graph: FakeGraph, flags: int) -> tuple[Status, Any]:
+        assert flags == 9  # PyTorch's
         if self.full:
             return Status.CUDA_ERROR_INVALID_VALUE, None
         self.executables.append(FakeExecutable(graph))

@@ -28,6 +28,7 @@ from triton._C.libtriton import ir as tl_ir
 from triton.language.extra import libdevice
 from triton.runtime.jit import JITFunction
 
+from tests.doubles import interpreter_types
 from torch_rtx.accumulation import starts
 from torch_rtx.aten import DTYPES
 from torch_rtx.foreign import launch_in
@@ -176,6 +177,7 @@ def _interpreting() -> Iterator[None]:
             (interpreter.interpreter_builder, "options"),
             (tl, "dot_scaled"),
             *((libdevice, name) for name in LIBRARY),
+            *((owner, name) for owner, name, _ in interpreter_types.REPLACED),
         )
     ]
     dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
@@ -242,6 +244,8 @@ def _interpreting() -> Iterator[None]:
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     tl.dot_scaled = dot_scaled
+    for owner, name, new in interpreter_types.REPLACED:
+        setattr(owner, name, new)
     for name, function in LIBRARY.items():
         setattr(libdevice, name, partial(_library, function))
     try:

@@ -29,6 +29,8 @@ from torch_rtx.cli.app import app
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels import compile_worker
+from torch_rtx.lowering.kernels.aot import Compilations
 from torch_rtx.lowering.kernels.compile_worker import build
 from torch_rtx.runtime import compile_client, tuning_db
 from torch_rtx.runtime.bind import bind
@@ -74,6 +76,23 @@ def test_every_gpu_has_kernels(sm: int) -> None:
                 assert binary[:4] == b"\x7fELF"
             else:
                 assert f".target sm_{arch_of(sm).portable}\n".encode() in binary
+
+
+def test_the_next_ranks_are_compiled_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On idle cores, and once: what is asked for next has begun, or is there."""
+    monkeypatch.setattr(compile_worker, "cores", lambda: range(8))
+    with Compilations(2) as running:
+        found, begun = [], []
+        for rank in (1, 2, 3):
+            found.append(build({"product": (PRODUCT, rank)}, 80, running=running)["product"])
+            begun.append(len(running._futures))
+        assert begun == [2, 2, 2]  # one of them calls a library
+        running.forget()
+        assert not running._futures
+        monkeypatch.setattr(compile_worker, "cores", lambda: range(2))
+        build({"product": (PRODUCT, 1)}, 80, running=running)
+        assert not running._futures
+    assert found == [build({"product": (PRODUCT, rank)}, 80)["product"] for rank in (1, 2, 3)]
 
 
 @pytest.mark.quick

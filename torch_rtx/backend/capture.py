@@ -165,6 +165,7 @@ def keep_ops() -> Iterator[None]:
 
 
 @BACKGROUND.paused()
+@_use_lazy_graph_module(True)  # see `capture_export`
 @uncollected()
 def capture(
     gm: torch.fx.GraphModule,

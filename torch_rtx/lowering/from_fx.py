@@ -84,8 +84,7 @@ class Role:
 
 
 def number_of(tensor: torch.Tensor) -> bool | int | float | None:
-    """The only element of a constant, as a model writes `torch.tensor(0.5)`; None for other tensors, and for what no
-    literal is."""
+    """The only element of a constant, such as `torch.tensor(0.5)`; None for others, and for what no literal is."""
     if type(tensor) is not torch.Tensor or tensor.numel() != 1 or tensor.is_complex() or tensor.is_meta:
         return None
     if tensor.layout != torch.strided or set(tensor.stride()) - {1}:

@@ -8,7 +8,7 @@ from math import inf
 
 from torch_rtx import accumulation
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.ir import Graph, Loc, Node, Value
 from torch_rtx.lowering.fusion import kernel_name
 from torch_rtx.lowering.kernels.body_builder import flat, needed
 from torch_rtx.lowering.kernels.generate import fastest
@@ -33,8 +33,12 @@ def expected_us(body: Graph | None, arch: Arch) -> float:
 
 
 def joined(kernels: Sequence[Node], results: Sequence[Value]) -> Node:
-    """The kernel that computes `results` of several, which are in order, at the location of the last."""
-    nodes = needed(flat(kernels), results)
+    """The loop that computes `results` of several kernels, which are in order, at the location of the last."""
+    return kernel_of(needed(flat(kernels), results), results, kernels[-1].loc)
+
+
+def kernel_of(nodes: Sequence[Node], results: Sequence[Value], loc: Loc | None) -> Node:
+    """A kernel node whose body has `nodes`, in order, with the names that `fuse` gives."""
     made = {value.name: value for node in nodes for value in node.results}
     given = {value.name: value for node in nodes for value in node.inputs if value.name not in made}
     names = {name: Value(f"in{i}", value.type) for i, (name, value) in enumerate(given.items())}
@@ -52,4 +56,4 @@ def joined(kernels: Sequence[Node], results: Sequence[Value]) -> Node:
     inputs, outputs = (tuple(names[value.name] for value in values) for values in (given.values(), results))
     body = Graph("import", inputs, nodes=inner, outputs=outputs)
     args = tuple((f"in{i}", value) for i, value in enumerate(given.values()))
-    return Node("kernel", kernel_name(body), args, tuple(results), body, kernels[-1].loc)
+    return Node("kernel", kernel_name(body), args, tuple(results), body, loc)

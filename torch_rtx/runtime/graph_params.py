@@ -240,8 +240,10 @@ class Executables:
         for node in {slot.node: None for slots in self._slots for slot in slots}:
             if node.set_in_graph is not None:
                 checked(node.set_in_graph())
-        flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
-        status, handle = self._driver.cuGraphInstantiate(self._graph, int(flags))
+        flags = self._driver.CUgraphInstantiate_flags  # those that PyTorch instantiates with
+        freeing = int(flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
+        by_priority = int(flags.CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY)
+        status, handle = self._driver.cuGraphInstantiate(self._graph, freeing | by_priority)
         if status != 0:
             self._most = len(self.ready)
             return False

@@ -92,6 +92,11 @@ def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
 
 
+def placed(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy at an address that is a multiple of ALIGNMENT."""
+    return aligned(tensor, tensor.stride())
+
+
 def target_of(tensor: torch.Tensor, strides: tuple[int, ...], free: bool = True) -> torch.Tensor:
     """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from.
 

@@ -35,10 +35,9 @@ from torch_rtx.runtime.leases import Leases
 from torch_rtx.runtime.loan import Loan
 from torch_rtx.runtime.recipes import Group, Recipes
 from torch_rtx.runtime.streaming import Streamer
-from torch_rtx.runtime.strided import compact, copy_strided, overwrite, overwrite_all, restride
+from torch_rtx.runtime.strided import compact, overwrite, overwrite_all, placed, restride
 from torch_rtx.runtime.watch import Watch, captures, same_bits
 from torch_rtx.runtime.weight_match import check, match
-from torch_rtx.targets import ALIGNMENT
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
@@ -110,7 +109,7 @@ class WeightStore:
             if not self._variable[index]:
                 overwrite(self._hosts[index], self._make(index, {}))
         self.values = [
-            self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._constant(i)
+            self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._make(i, {})
             for i, variable in enumerate(self._variable)
         ]
         self.originals: Tensors = {}
@@ -535,18 +534,12 @@ class WeightStore:
             made = self._run(batch, sources, host)
             yield {index: value for index, value in made.items() if index in wanted}
 
-    def _constant(self, index: int) -> torch.Tensor:
-        """A weight without parameters. What is computed lies where kernels take it, also a part of a constant: else
-        each call would copy it."""
-        made = self._make(index, {})
-        odd = self.weights[index].recipe is not None and made.data_ptr() % ALIGNMENT
-        return copy_strided(made, made.stride()) if odd else made
-
     def _make(self, index: int, sources: Tensors) -> torch.Tensor:
         """The weight computed from `sources`, alone; it shares their memory where its recipe allows."""
         if index in self._loan.places or self.weights[index].recipe is None:
             return self._given([index], sources)[index]
-        return self._run([(index,)], sources)[index]
+        made = self._run([(index,)], sources)[index]
+        return made if self._variable[index] else placed(made)  # a part of a constant, which each call would copy
 
     @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
     def _given(self, indices: Iterable[int], sources: Tensors, host: bool = False) -> Made:

@@ -62,7 +62,7 @@ class Compilations:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self._pool = ThreadPoolExecutor(workers or len(_cores()), "torch_rtx build")
+        self._pool = ThreadPoolExecutor(workers or len(cores()), "torch_rtx build")
         self._futures: dict[Job, Future[Code]] = {}
         self._targets: dict[Kernel, list[Target]] = {}
 
@@ -96,6 +96,11 @@ class Compilations:
             if progress is not None:
                 progress(len(done), len(futures))
         return done
+
+    def forget(self) -> None:
+        """Drop what is done, of which `lower` keeps the newest. What still runs can be asked for."""
+        self._futures = {job: future for job, future in self._futures.items() if not future.done()}
+        self._targets.clear()
 
     def _future(self, job: Job) -> Future[Code]:
         if job not in self._futures:
@@ -147,7 +152,7 @@ def _missing(kernel: Kernel, target: Target) -> str | None:
     return next((dtype for dtype in kernel.pointers if lacks(target.arch, dtype)), None)
 
 
-def _cores() -> Collection[int]:
+def cores() -> Collection[int]:
     """The CPU cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 

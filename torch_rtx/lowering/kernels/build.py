@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -63,6 +64,7 @@ def build(
     wanted: Iterable[Wanted[Key]],
     progress: Progress | None = None,
     artefacts: Artefacts = NO_FILES,
+    compilations: Compilations | None = None,
 ) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
     """(the tactic chosen per key, all that were tried per key).
 
@@ -73,16 +75,17 @@ def build(
             compile while the next tactics are found.
         progress: see `compile_kernels`; restarts with each round of tactics.
         artefacts: where the stages of kernels are written and overridden.
+        compilations: which run them, and may have begun; None: new ones.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     chosen: dict[Key, Result] = {}
     tried: dict[Key, list[Result]] = {}
-    with Compilations() as compilations:
+    with Compilations() if compilations is None else nullcontext(compilations) as running:
         while True:
             unfit = []
-            for one, result in _next_built(wanted, compilations, progress, artefacts):
+            for one, result in _next_built(wanted, running, progress, artefacts):
                 key = one[0]
                 results = tried.setdefault(key, [])
                 if result is None:

@@ -21,20 +21,25 @@ from torch_rtx.chips import Chip
 from torch_rtx.errors import RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
+from torch_rtx.lowering.kernels.aot import Compilations, cores
 from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.tactics import Candidate, Tactic
-from torch_rtx.targets import EXACT, Arch, Float32, arch_of
+from torch_rtx.targets import EXACT, Arch, Float32, Target, arch_of
 
 NICENESS = 10  # the running program has priority
+AHEAD = 2  # ranks that are compiled with one, before they are asked for
+Bodies = Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]]
 
 
 def build(
-    bodies: Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]],
+    bodies: Bodies,
     sm: int,
     artefacts: Artefacts = NO_FILES,
     chip: Chip | None = None,
     float32: Float32 = EXACT,
+    *,
+    running: Compilations | None = None,
 ) -> dict[str, Candidate]:
     """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
@@ -44,19 +49,25 @@ def build(
         artefacts: where the stages of kernels are written and overridden.
         chip: the GPU; None: what stands for its SM version.
         float32: how exact products of float32 have to be.
+        running: compilations that outlive this request: those of the next ranks begin with those that are wanted.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     target = arch_of(sm).target
     arch = replace(target.arch, chip=chip or target.arch.chip, float32=float32)
-    wanted = ((name, _ranked(body, name, arch, first), target) for name, (body, first) in bodies.items())
+
+    def wanted() -> Iterator[kernel_build.Wanted[str]]:
+        yield from ((name, _ranked(body, name, arch, first), target) for name, (body, first) in bodies.items())
+        if running is not None and not artefacts:
+            _begin_later(bodies, arch, target, running)
+
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
         if first == 0 and isinstance(body, Graph):
             offers = sorted(_ranked(body, name, arch, first), key=lambda one: one[0])
             kernel_build.show_offers(artefacts, name, body, target, offers)
     found = {}
-    chosen, tried = kernel_build.build(wanted, artefacts=artefacts)
+    chosen, tried = kernel_build.build(wanted(), artefacts=artefacts, compilations=running)
     for name, results in tried.items():
         kernel_build.show_results(artefacts, name, target, results)
     for name, result in chosen.items():
@@ -79,6 +90,20 @@ def _ranked(body: Graph | Sequence[Tactic[Kernel]], name: str, arch: Arch, first
         return
 
 
+def _begin_later(bodies: Bodies, arch: Arch, target: Target, running: Compilations) -> None:
+    """Begin what a tuner asks for next, as far as half of the cores would idle: a model of few regions would wait for
+    one kernel after another. Not with the first rank, since not all that run it are measured."""
+    room = len(cores()) // 2 - len(bodies)
+    for ahead in range(1, AHEAD + 1):
+        for name, (body, first) in bodies.items():
+            if room <= 0 or first % (AHEAD + 1) != 1:
+                continue
+            _, tactic = next(_ranked(body, name, arch, first + ahead), (0, None))
+            for kernel in () if tactic is None else tactic.kernels.values():
+                running.begin(kernel, target)
+            room -= 1
+
+
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests: with the result of `build`, or the text of its error. When their stream ends, the peer has
     ended, in whatever way: so does this process, in the middle of a request, too."""
@@ -94,17 +119,19 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             _end()
 
     Thread(target=receive, daemon=True).start()
+    running = Compilations()
     while True:
         request = received.get()
         answer: dict[str, Candidate] | str
         try:
-            answer = build(*request)
+            answer = build(*request, running=running)
         except (RtxError, OSError) as error:
             answer = str(error)
         except Exception as error:  # a bug: the peer logs it
             answer = f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()
+        running.forget()
 
 
 def _end() -> None:

@@ -49,6 +49,7 @@ RESULT_OPERATIONS, L2_BYTES = 4.7, 40
 I8_COLUMNS = 128  # of Triton's largest instruction of wgmma
 # Of persistent programs: steps of a tile, how many a multiprocessor holds, and bytes of a warp for parts of a tile.
 LEAST_STEPS, MOST_RESIDENT, PIECES_BYTES = 2, 2, 4096
+MIN_SUMMED, MOST_SUMMED = 64, 64  # columns of a tile whose rows are summed, and its elements per thread
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 F32 = "f32"
@@ -88,7 +89,9 @@ def ranked_configs(
         us, config, precision, _ = one
         if us <= RIVAL * found[0][0]:
             rivals.setdefault(precision, one)
-        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, config.programs > 0, precision
+        warps = config.num_warps if region.reductions else 0
+        kind = config.gemv, config.slices, config.stacked, config.programs > 0
+        tile = *kind, config.block_m, config.width, warps, precision
         of_tile[tile] += 1
         if of_tile[tile] <= MAX_PER_TILE:
             kept.append(one)
@@ -229,6 +232,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
+        if problem.rows_of_tile and (block_m != problem.rows_of_tile or block_n < min(most_n, MIN_SUMMED)):
+            continue
         if problem.promoted and block_k > MAX_IMPRECISE:
             continue
         if problem.dtype in (F32, TF32X3) and block_k > 32:
@@ -246,6 +251,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
             config = _of_computed(problem, given, arch)
             if config is None or (extra and not _uses_wgmma(problem, config, arch)):
                 continue
+            if problem.rows_of_tile and area > MOST_SUMMED * 32 * num_warps:
+                continue
             if not _fits_registers(problem, config, arch):
                 continue
             tile = block_m, block_n, block_k, num_warps
@@ -259,7 +266,7 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
 def _persistent(problem: GemmProblem, config: GemmConfig, arch: Arch) -> Iterator[GemmConfig]:
     """`config` with programs that compute several tiles each. That pays where a tile takes little more than its first
     loads and its stores, as of operands of 8 bits on Hopper; with halves nothing was gained there."""
-    is_plain = not (problem.promoted or problem.unpacking or problem.taps > 1 or config.extra_n)
+    is_plain = not (problem.promoted or problem.unpacking or problem.taps > 1 or problem.rows_of_tile or config.extra_n)
     is_plain = is_plain and not (problem.dtype == "i8" and config.block_n > I8_COLUMNS)
     is_plain = is_plain and _is_narrow(problem) and problem.depth >= LEAST_STEPS * config.block_k
     if is_plain and _uses_wgmma(problem, config, arch):

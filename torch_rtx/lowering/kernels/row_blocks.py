@@ -165,9 +165,9 @@ class _BlockWriter(LoopWriter):
         emitter.step(X, ())
         for reduction in self.reductions:
             self._reduce_at_once(reduction)
-        self._store([at for at in range(len(self.region.outputs)) if at not in totals])
         for at, total in totals.items():
             self._add(self.blocks.sums[at], total)
+        self._store([at for at in range(len(self.region.outputs)) if at not in totals])  # what the sums have by now
         inner = [f"{X} = {PROGRAM} * {size} + start + tl.arange(0, {config.rows})[:, None]"]
         inner += [f"in_x = {X} < {self.limit}"] if emitter.axes[X].mask else []
         inner += loads_first(emitter.inner())

@@ -151,6 +151,32 @@ def best_block(body: Graph, arch: Arch) -> tuple[int, float] | None:
     """The best number of rows of a program for `split_columns`, and the expected time of both kernels in us; None:
     there are too few rows. The processor with the most programs takes the longest."""
     counts = [_rows_of(node) for node in body.nodes if sums_rows(node)]
+    return _best_block(body, arch, counts)
+
+
+def best_pixels(body: Graph, arch: Arch) -> int | None:
+    """The best number of pixels of a program for `split_by_blocks`, of a body that sums those of images, channel by
+    channel; None: it reduces something else, or there are too few."""
+    found = [node for node in body.nodes if reduces(node)]
+    if not all(node.op == SUM and _keeps_last(node) for node in found):
+        return None
+    counts = [_rows_of(node) for node in found]
+    best = _best_block(body, arch, counts)
+    if best is None:
+        return None
+    return next((block for block in BLOCKS[::-1] if block <= best[0] and counts[0][0] % block == 0), None)
+
+
+def _keeps_last(node: Node) -> bool:
+    """`node` sums over all dimensions but the one that is contiguous in memory."""
+    operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
+    type_ = type_of(operand)
+    return [axis for axis in range(len(type_.shape)) if axis not in axes] == [
+        axis for axis, stride in enumerate(type_.strides) if stride == 1 and type_.shape[axis] != 1
+    ]
+
+
+def _best_block(body: Graph, arch: Arch, counts: Sequence[tuple[int, int]]) -> tuple[int, float] | None:
     rows, columns = counts[0] if counts else (0, 0)
     on, least = arch.chip, BLOCKS[0]
     if rows < 2 * least:

@@ -25,7 +25,7 @@ kernel combines the channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -34,9 +34,10 @@ from typing import NamedTuple
 
 from torch_rtx.chips import CACHE_SPEEDUP, CYCLES_PER_ELEMENT, RUN_OF_DOUBLE_COST, SECTOR_BYTES, STEP_US, kernels_us
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, names_in, needed, type_of
-from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
+from torch_rtx.lowering.kernels.index import multiple
+from torch_rtx.lowering.kernels.kernel_ir import Pointwise, Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
@@ -48,6 +49,7 @@ CHUNK_CONTIGUOUS, CHUNK_STRIDED = (512, 4096), (64, 512)
 MAX_CHUNKS = 4096  # that one program combines, unless chunks would have to be longer than above for that
 STEP_ELEMENTS = 2048  # of a step of a loop over a row; see `_times`
 PROGRAMS_PER_PROCESSOR = 6
+MAX_AGAIN = 8  # operations for an element that two kernels compute
 
 
 # ---- where rows are cut ----------------------------------------------------------------------------------------------
@@ -157,6 +159,21 @@ def _chunked(body: BodyBuilder, operand: Value, axes: Dims, chunks: int) -> Chun
     return Chunked(body.permute(value, order), within, across, tuple(map(order.index, range(len(order)))), row_shape)
 
 
+def _blocks(body: BodyBuilder, operand: Value, axes: Dims, block: int) -> Chunked:
+    """[blocks, rows of a block, channels]."""
+    old = type_of(operand)
+    order = sorted(range(len(old.shape)), key=lambda axis: (axis not in axes, -typical(old.strides[axis])))
+    value = body.permute(operand, order)
+    *rows, channels = type_of(value).shape
+    count = dim_expr("*", 1, *rows)
+    is_dense = type_of(value).strides == contiguous(type_of(value).shape)
+    if len(axes) != len(rows) or not is_dense or multiple(count) % block:
+        raise Unsupported(f"rows in blocks of {block}")
+    value = body.reshape(value, (dim_expr("//", count, block), block, channels))
+    row_shape = tuple(1 if axis in axes else size for axis, size in enumerate(old.shape))
+    return Chunked(value, (1,), (0,), (0, 1, 2), row_shape)
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +183,17 @@ def split_reductions(body: Graph, name: str, chunks: int) -> Graph:
     Raises:
         Unsupported: a reduction that has no rule, or rows that have no equal chunks.
     """
-    return _Splitter(body, name, chunks).graph()
+    return _Splitter(body, name, chunks, _chunked).graph()
+
+
+def split_by_blocks(body: Graph, name: str, block: int) -> Graph:
+    """As `split_reductions`, of a body that reduces all dimensions but the one that is contiguous in memory, such as
+    channels: a chunk is `block` positions of all others, as they follow each other in memory.
+
+    Raises:
+        Unsupported: it reduces something else, or see `split_reductions`.
+    """
+    return _Splitter(body, name, block, _blocks).graph()
 
 
 def split_evenly(body: Graph, name: str) -> Graph:
@@ -185,6 +212,9 @@ def split_evenly(body: Graph, name: str) -> Graph:
     return split_reductions(body, name, max(_elements(type_of(operand), axes) // CHUNK_CONTIGUOUS[1], 2))
 
 
+Cutter = Callable[[BodyBuilder, Value, Dims, int], Chunked]
+
+
 class _Chunks(NamedTuple):
     """A reduction whose chunks have statistics by now."""
 
@@ -197,14 +227,19 @@ class _Chunks(NamedTuple):
 class _Splitter:
     """Cuts a body into kernels.
 
+    Args:
+        cut: the chunks of an operand that is reduced over some dimensions, given their number or their length.
+
     Attributes:
         pending: nodes with results that no kernel has stored yet.
         stored: the values that a further kernel can read.
         unsplit: the reductions that are not split yet.
     """
 
-    def __init__(self, body: Graph, name: str, chunks: int) -> None:
-        self.body, self.name, self.chunks = body, name, chunks
+    def __init__(
+        self, body: Graph, name: str, chunks: int, cut: Callable[[BodyBuilder, Value, Dims, int], Chunked]
+    ) -> None:
+        self.body, self.name, self.chunks, self.cut = body, name, chunks, cut
         self.taken = names_in(body)
         self.pending, self.stored = list(body.nodes), list(body.inputs)
         self.unsplit = [node for node in self.pending if reduces(node)]
@@ -245,7 +280,10 @@ class _Splitter:
             big = {v.name for v in self.stored if isinstance(v.type, TensorType) and _elements_of(v) == size}
             return _elements_of(value) == size and fresh & big <= read and not any(node in left for node in nodes)
 
-        self._kernel("parts", [*statistics, *filter(at_once, self._pending_outputs())])
+        once = [*filter(at_once, self._pending_outputs())]
+        after = needed(self.pending, [value for value in self._pending_outputs() if value not in once])
+        again = (value for node in before if node in after and _is_long(node) for value in node.results)
+        self._kernel("parts", [*statistics, *once, *(value for value in again if _elements_of(value) == size)])
         totals = [value for one in started for value in self._combine(one)]
         rows = _elements_of(totals[0])
         ends = [value for value in self._pending_outputs() if _elements_of(value) == rows]
@@ -260,7 +298,7 @@ class _Splitter:
             raise Unsupported(f"{node.op} in chunks", loc=node.loc)
         rule, body = RULES[node.op], BodyBuilder(self.taken)
         operand, axes = rule.operand(body, node)
-        chunked = _chunked(body, operand, axes, self.chunks)
+        chunked = self.cut(body, operand, axes, self.chunks)
         statistics = rule.statistic(node).chunk(body, chunked.value, chunked.within)
         at = self._position(node)
         self.pending[at:at] = body.nodes
@@ -294,6 +332,13 @@ class _Splitter:
         self.pending = [
             node if left == node.outputs else replace(node, outputs=left) for node, left in pairs if any(left)
         ]
+
+
+def _is_long(node: Node) -> bool:
+    """An element takes so long that it is stored for whoever needs it again, as that of a window."""
+    given: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+    tensors = everything(express(node, given).values())
+    return sum(isinstance(tensor, Pointwise) for tensor in tensors) > MAX_AGAIN
 
 
 def _elements_of(value: Value) -> Dim:

@@ -19,14 +19,16 @@ from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, bl
 from torch_rtx.lowering.kernels.split_columns import (
     PROGRAMS_PER_PROCESSOR,
     best_block,
+    best_pixels,
     separate_columns,
     split_columns,
     sums_rows,
 )
-from torch_rtx.lowering.kernels.split_reduction import best_chunks, reduces, split_reductions
+from torch_rtx.lowering.kernels.split_reduction import best_chunks, reduces, split_by_blocks, split_reductions
 from torch_rtx.targets import Arch
 
 SORT_LAUNCHES = 8  # of a library call that adds at positions: it sorts these first
+BLOCKED = 0.9  # times as long as chunks of channels take blocks of pixels, whose elements are neighbours in memory
 PUT_LAUNCHES = 2  # of one that puts values there: it copies what it starts from first
 
 
@@ -90,6 +92,9 @@ def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     chunks = best_chunks(found, arch)
     if chunks is not None:
         yield from splits(split_reductions, found.body, name, chunks[0], chunks[1], us)
+        pixels = best_pixels(found.body, arch)
+        if pixels is not None:
+            yield from splits(split_by_blocks, found.body, name, pixels, BLOCKED * chunks[1], us)
     if all(sums_rows(node) for node in found.body.nodes if reduces(node)):
         block = best_block(found.body, arch)
         if block is not None:
