@@ -695,7 +695,7 @@ def kernel(x, w, out0):
             """\
 @triton.jit
 def kernel(x, w, out0):
-    for program in range(tl.program_id(0), 18, 132):
+    for program in tl.range(tl.program_id(0), 18, 132, flatten=True):
         tile = program
         Z = tile // 6
         tile = tile % 6

@@ -44,6 +44,11 @@ SHOWN = 0.7  # of what programs unpack that are on one multiprocessor
 UNPACKING_US, SCALES_US = 0.05, 0.25  # of a step that unpacks for such products, and until scales of groups are there
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
+# Of operands of 8 bits: operations for an element of a tile, and bytes from L2 for a multiprocessor and cycle.
+RESULT_OPERATIONS, L2_BYTES = 4.7, 40
+I8_COLUMNS = 128  # of Triton's largest instruction of wgmma
+# Of persistent programs: steps of a tile, how many a multiprocessor holds, and bytes of a warp for parts of a tile.
+LEAST_STEPS, MOST_RESIDENT, PIECES_BYTES = 2, 2, 4096
 MIN_SUMMED, MOST_SUMMED = 64, 64  # columns of a tile whose rows are summed, and its elements per thread
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
@@ -74,7 +79,8 @@ def ranked_configs(
         found += [
             (us, config, precision, problem.promoted)
             for us, config in ranked
-            if not config.gemv or precision == IEEE  # which has no products
+            if not (config.gemv and precision != IEEE)  # which has no products
+            and not (config.programs and whole is not None)
         ]
     found.sort(key=lambda one: one[0])
     kept, rivals = list[Found](), dict[str, Found]()
@@ -84,7 +90,8 @@ def ranked_configs(
         if us <= RIVAL * found[0][0]:
             rivals.setdefault(precision, one)
         warps = config.num_warps if region.reductions else 0
-        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, warps, precision
+        kind = config.gemv, config.slices, config.stacked, config.programs > 0
+        tile = *kind, config.block_m, config.width, warps, precision
         of_tile[tile] += 1
         if of_tile[tile] <= MAX_PER_TILE:
             kept.append(one)
@@ -253,6 +260,30 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
                 staged = GemmConfig(*tile, num_stages, extra_n=extra_n, joined=config.joined, stacked=stacked)
                 if num_stages <= most_stages and shared_memory(problem, staged, arch) <= arch.shared:
                     yield staged
+                    yield from _persistent(problem, staged, arch)
+
+
+def _persistent(problem: GemmProblem, config: GemmConfig, arch: Arch) -> Iterator[GemmConfig]:
+    """`config` with programs that compute several tiles each. That pays where a tile takes little more than its first
+    loads and its stores, as of operands of 8 bits on Hopper; with halves nothing was gained there."""
+    is_plain = not (problem.promoted or problem.unpacking or problem.taps > 1 or problem.rows_of_tile or config.extra_n)
+    is_plain = is_plain and not (problem.dtype == "i8" and config.block_n > I8_COLUMNS)
+    is_plain = is_plain and _is_narrow(problem) and problem.depth >= LEAST_STEPS * config.block_k
+    if is_plain and _uses_wgmma(problem, config, arch):
+        looped = replace(config, programs=1)
+        if shared_memory(problem, looped, arch) <= arch.shared:
+            resident = min(_resident_programs(problem, looped, arch), MOST_RESIDENT)
+            if _tiles(problem, config) > resident * arch.chip.processors:
+                yield replace(config, programs=resident * arch.chip.processors)
+
+
+def _is_narrow(problem: GemmProblem) -> bool:
+    """Operands have 8 bits: a step of Hopper's products takes half as long as of halves, and all around it as long."""
+    return problem.dtype in FLOAT8 or problem.dtype == "i8"
+
+
+def _tiles(problem: GemmProblem, config: GemmConfig) -> int:
+    return problem.batch * ceil(problem.rows / config.block_m) * ceil(problem.columns / config.width)
 
 
 def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmConfig | None:
@@ -307,6 +338,9 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
         loaded = int(problem.step_bytes(config))
     pointers = loaded // (16 * threads)
     is_least = config.block_m <= 16 and config.width <= 16
+    most_pointers = 12 if "cp_async" in arch.features or is_few or is_least else 6
+    if config.num_warps == 4 and _is_narrow(problem) and _uses_wgmma(problem, config, arch):
+        most_pointers = 16
     elements = _computed_elements(problem, config) if problem.unpacking else 0
     most_elements = MAX_PACKED if problem.packing or is_few else MAX_COMPUTED
     if problem.packing and is_few:  # a part after the other
@@ -315,7 +349,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
-        and pointers <= (12 if "cp_async" in arch.features or is_few or is_least else 6)
+        and pointers <= most_pointers
         and narrow_loads <= MAX_NARROW_LOADS
         and elements <= most_elements
     )
@@ -348,6 +382,8 @@ def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     steps = config.num_stages - (not is_wgmma)
     is_written = is_wgmma and problem.unpacking and not problem.swapped
     computed = config.block_n * config.block_k * SIZES[problem.dtype] if is_written else 0
+    if config.programs:  # pieces of a tile are put in order while the next one is read
+        return step * max(steps, 1) + computed + PIECES_BYTES * config.num_warps
     return max(step * max(steps, 1) + computed, config.block_m * config.block_n * 2)
 
 
@@ -355,17 +391,25 @@ def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
     """The time of a `tl.dot` kernel, in microseconds."""
     chip = arch.chip
     width = config.width * problem.accumulators
-    tiles = problem.batch * ceil(problem.rows / config.block_m) * ceil(problem.columns / config.width)
+    tiles = _tiles(problem, config)
     steps = problem.taps * ceil(problem.depth / config.block_k)
-    resident = _resident_programs(problem, config, arch)
+    resident = config.programs // chip.processors or _resident_programs(problem, config, arch)
     full_waves, tail = divmod(tiles, chip.processors * resident)
     waves = [(full_waves, resident), (1, ceil(tail / chip.processors))]
     store_us = config.block_m * width * 2 / (chip.memory * 1e3 / chip.processors)
     busy_us = sum(
-        times * (LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store_us)
+        times * (steps * _step_us(problem, config, arch, count) + count * store_us)
         for times, count in waves
         if times and count
     )
+    if _is_narrow(problem) and problem.taps == 1 and "wgmma" in arch.features:  # measured for products
+        area, cycle = config.block_m * width, chip.clock * 1e3
+        # Several programs on a multiprocessor hide from each other what they do with their sums.
+        busy_us += sum(times for times, count in waves if count == 1) * RESULT_OPERATIONS * area / (LANES * cycle)
+        moved = tiles * (steps * problem.step_bytes(config) + 2 * area)
+        busy_us = max(busy_us, moved / (L2_BYTES * cycle * chip.processors))
+    # The first loads of a wave; of persistent programs, only those of their first tile are waited for.
+    busy_us += LATENCY_US * (1 if config.programs else full_waves + (tail > 0))
     return chip.launch + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
 
 
@@ -378,7 +422,8 @@ def _overlapped_us(chip: Chip, *times: float) -> float:
 def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     """Programs per multiprocessor."""
     threads = 32 * config.num_warps
-    used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
+    is_once = _uses_wgmma(problem, config, arch) and not config.programs  # a tile per program
+    used = accumulator_regs(problem, config) + (56 if is_once else 80)
     if _unpacks_for_wgmma(problem, config, arch):
         used += _computed_elements(problem, config) * 3 // 4  # of this step and the next
     elif problem.packing:  # a part after the other, but all scales
@@ -400,6 +445,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once. Of an
         # operand that it computes from what is in memory, the columns are those rows.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
+        ranges *= ceil(config.block_n / I8_COLUMNS) if problem.dtype == "i8" else 1
         shared = width * config.block_m / 64 * size
         shared += width * problem.second_bytes if problem.swapped else config.block_m * ranges * size
         if problem.dtype in ROUNDING:  # what it is made of the second operand is written again, and read

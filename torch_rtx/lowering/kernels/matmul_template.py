@@ -276,7 +276,9 @@ class TileWriter:
         lines = [*self.program(), *self.body()]
         start, grid, config = "tl.program_id(0)", count, self.config
         if config.programs:
-            loop = f"for program in range({start}, {from_dim(count)}, {config.programs}):"
+            ends = f"{start}, {from_dim(count)}, {config.programs}"
+            # Flattened, the loads of a tile begin while the tile before it is written.
+            loop = f"for program in {f'range({ends})' if config.gemv else f'tl.range({ends}, flatten=True)'}:"
             cast = ["tile = program + tl.full((), 0, tl.int64)" if self.cast else "tile = program"]
             lines = [loop, *indent(cast + lines)]
             grid = dim_expr("min", count, config.programs)

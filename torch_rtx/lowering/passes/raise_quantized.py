@@ -219,7 +219,9 @@ def _float8_product(
     each = [one for one in (*a.scales, *b.scales) if isinstance(one, Value) and type_of(one).shape]
     given: dict[str, Attr] = {"self": _rows(operands, a.data), "mat2": matrix}
     dtype = type_of(out).dtype
-    by_row = _by_row(operands, factors, out) if each and dtype == "bf16" and _is_read_whole(operands, node) else None
+    by_row = (
+        _by_row(operands, factors, out) if each and dtype == "bf16" and not _is_read_by_loop(operands, node) else None
+    )
     if each and by_row is None and dtype in HALVES:
         return _half_product(operands, given, factors, bias, out, sizes[0])
     whole = {name: _scale(operands, () if each else one.scales) for name, one in zip(SCALES, factors, strict=True)}
@@ -254,23 +256,22 @@ def _half_product(
     down = operands.emit("aten.full.default", size=(), fill_value=2.0**-half, dtype="f32", device="main")
     total = operands.emit(SCALED_MM, **given, **dict.fromkeys(SCALES, down), out_dtype="f16", use_fast_accum=True)
     scales = [*factors[0].scales, *factors[1].scales]
-    # Of scales with few elements, those of activations are made by the loop that quantizes these.
-    sized = (at for at, one in enumerate(scales) if isinstance(one, Value) and one.name not in operands.fixed)
-    first = next(sized, None)
-    if first is None:
-        scales.append(4.0**half)
+    for at, scale in enumerate(scales):  # that of activations is multiplied where a loop quantizes these
+        if isinstance(scale, Value) and scale.name not in operands.fixed:
+            scales[at] = operands.emit(MUL, self=operands.cast(scale, "f32"), other=4.0**half)
+            break
     else:
-        scales[first] = operands.emit(MUL, self=operands.cast(scales[first], "f32"), other=4.0**half)
+        scales.append(4.0**half)
     return _finished(operands, _shaped(operands, total, out), tuple(scales), bias, out)
 
 
-def _is_read_whole(operands: Operands, node: Node) -> bool:
-    """No loop reads the result of `node`, also through views, so that it has to be complete; or that of another product
-    of the same factor, with which `node` can be one."""
-    factor = node.arg(PRODUCTS[node.op].first)
+def _is_read_by_loop(operands: Operands, node: Node) -> bool:
+    """One loop reads the result of `node`, also through views, and can apply scales on the way. Several would do so
+    again, and also if `node` becomes one product with others of the same factor."""
+    factor, readers = node.arg(PRODUCTS[node.op].first), list(operands.readers_of(node.results[0]))
     assert isinstance(factor, Value)
-    products = (one for one in operands.readers[factor.name] if one.op == node.op)
-    return not all(any(map(_is_loop, operands.readers_of(one.results[0]))) for one in products)
+    products = [one for one in operands.readers[factor.name] if one.op == node.op]
+    return len(products) == 1 and len(readers) == 1 and all(map(_is_loop, readers))
 
 
 def _is_loop(node: Node) -> bool:
