@@ -155,16 +155,20 @@ class _State:
         """The products with the first of `kernels`, which sums blocks, and the others in the place of the loop."""
         parts, *rest = kernels
         taken: dict[int, list[Value]] = {}
-        left: list[Value] = []
+        given = {value.name for value in parts.inputs}
+        steps = {result: needed(flat([parts]), [result]) for result in parts.results}
+        read = {result: {v.name for step in steps[result] for v in step.inputs} & given for result in parts.results}
         for result in parts.results:
-            read = {value.name for step in needed(flat([parts]), [result]) for value in step.inputs}
-            fitting = [at for at in products if self.nodes[at][0].results[0].name in read]
+            fitting = [at for at in products if self.nodes[at][0].results[0].name in read[result]]
             if fitting:
                 taken.setdefault(max(fitting), []).append(result)
-            else:
-                left.append(result)
         if not taken or len(rest) > 2:
             return None
+        left: list[Value] = []
+        for result in (one for one in parts.results if not any(one in values for values in taken.values())):
+            # what is made of the same as sums is in the same registers
+            alike = [at for at, values in taken.items() if read[result] <= set[str]().union(*(read[v] for v in values))]
+            (taken[alike[0]] if alike else left).append(result)
         own = [joined([parts], left)] if left else []
         after = [*own, *(joined([node], node.results) for node in rest)]
         found: dict[int, tuple[Node, ...]] = {index: tuple(after)}
@@ -174,7 +178,8 @@ class _State:
             (node,) = self.nodes[at]
             (value,) = node.results
             kept = [value] if value.name in inside or self.readers[value.name] != {index} else []
-            made = _with_epilogue(node, joined([parts], results), [*kept, *results])
+            wanted = [one for one in results if one.name in inside or one.name in self.readers]
+            made = _with_epilogue(node, joined([parts], wanted), [*kept, *wanted])
             pairs.append((node, made))
             ready = all(self.producer.get(one.name, -1) < at for one in made.inputs)
             if len(made.inputs) + len(made.outputs) > MAX_POINTERS:
