@@ -1,28 +1,40 @@
-"""Writes gradients of convolutions by windows of one pixel out as products, those of the image.
+"""Computes gradients of convolutions one by one: those of the image apart from those of the weight.
 
-Such a convolution is a product of all pixels with a matrix, and so is the gradient of its image. As a call of its own,
-with the gradient of the weight, it could not be part of a kernel: as a product it has an epilogue, in which gradients
-of activations and sums of residual branches are computed. The gradient of the weight remains a call.
+A convolution by windows of one pixel is a product of all pixels with a matrix, and so is the gradient of its image. As
+a product it has an epilogue, in which gradients of activations and sums of residual branches are computed. The gradient
+of the weight remains a call.
+
+Other gradients are two calls where the weight's needs an image that the backward computes again, such as an activation
+behind a norm: the image's needs nothing of it but its size, and the gradient of the norm, which follows from that,
+computes the activation beside itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch_rtx.dtypes import HALVES
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.lowering.widening import is_elementwise
 
+MAX_AGAIN = 32  # values between an image and what it is computed of
 GRADIENTS = "aten.convolution_backward.default"
 PLAIN = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 
 def expand_convolution_gradients(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Images that do not lie channels-last, and float32, are left to libraries."""
+    """Level import to level import. Products of images that do not lie channels-last, and in float32, are left to
+    libraries."""
+    producer = {value.name: node for node in graph.nodes for value in node.results}
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if node.op != GRADIENTS or not _is_product(node):
+        if node.op != GRADIENTS:
             return False
+        if not _is_product(node):
+            return _computed_apart(node, producer, rewriter)
         image, *others = node.outputs
         assert image is not None
 
@@ -47,6 +59,36 @@ def expand_convolution_gradients(graph: Graph, infer: Inference) -> Graph:
         return True
 
     return rewrite(graph, infer, visit)
+
+
+def _computed_apart(node: Node, producer: Mapping[str, Node], rewriter: Rewriter) -> bool:
+    """Two calls, if the image is computed again; the one for its gradient gets another image of that type."""
+    source = _made_of(node, producer)
+    if source is None or None in node.outputs[:2] or node.arg("transposed"):
+        return False
+    image, *others = node.outputs
+    for outputs, given in (((image, None, None), {"input": source}), ((None, *others), {})):
+        mask = tuple(output is not None for output in outputs)
+        args = {**dict(node.args), **given, "output_mask": mask}
+        rewriter.keep(Node(node.kind, node.op, tuple(args.items()), outputs, None, node.loc))
+    return True
+
+
+def _made_of(node: Node, producer: Mapping[str, Node]) -> Value | None:
+    """What an image is computed of, element by element, that is an input of the graph, of the image's type."""
+    image = node.arg("input")
+    assert isinstance(image, Value)
+    left, seen = [image], set[str]()
+    while left and len(seen) < MAX_AGAIN:
+        value = left.pop()
+        seen.add(value.name)
+        maker = producer.get(value.name)
+        if maker is None:
+            if value.type == image.type and value != image:
+                return value
+        elif is_elementwise(maker):
+            left += [one for one in maker.inputs if one.name not in seen]
+    return None
 
 
 def _is_product(node: Node) -> bool:

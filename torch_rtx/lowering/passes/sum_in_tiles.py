@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
@@ -26,6 +27,8 @@ from torch_rtx.lowering.fusion import MAX_POINTERS
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import flat, needed, type_of
 from torch_rtx.lowering.kernels.index import from_dim, product
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.split_reduction import reduces, split_by_blocks
 from torch_rtx.lowering.loop_nodes import expected_us, is_loop_node, joined, kernel_of
 from torch_rtx.lowering.widening import is_elementwise
@@ -33,6 +36,7 @@ from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch, Target
 
 BLOCKS = (128, 64)  # rows of a tile
+MIN_ELEMENTS = 1 << 19  # of a product; sums of less are not worth kernels of their own
 
 
 def sum_in_tiles(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
@@ -46,7 +50,7 @@ def sum_in_tiles(graph: Graph, infer: Inference, targets: tuple[Target, ...]) ->
     for index, node in enumerate(graph.nodes):
         if is_loop_node(node) and any(map(reduces, flat([node]))):
             found = next(state.choices(index), None)
-            if found is not None and found.us(arches) < state.us(found, arches):
+            if found is not None and any(found.gain_us(arch) > 0 for arch in arches):
                 state.take(found)
     return replace(graph, nodes=tuple(node for nodes in state.nodes for node in nodes))
 
@@ -57,13 +61,24 @@ class _Choice:
 
     Attributes:
         nodes: by the position in the graph, what replaces the node there.
+        products: those that are replaced, and what replaces them.
+        parts, left: the loop that sums blocks, and what is left of it.
     """
 
     nodes: Mapping[int, tuple[Node, ...]]
+    products: Sequence[tuple[Node, Node]]
+    parts: Node
+    left: Sequence[Node]
 
-    def us(self, arches: tuple[Arch, ...]) -> float:
-        """The expected time, summed over `arches`."""
-        return _us((node for nodes in self.nodes.values() for node in nodes), arches)
+    def gain_us(self, arch: Arch) -> float:
+        """How much faster than in kernels of their own the sums of blocks are expected to be."""
+        longer = sum(expected_us(after.body, arch) - expected_us(before.body, arch) for before, after in self.products)
+        return _streaming_us(self.parts, arch) - sum(_streaming_us(node, arch) for node in self.left) - longer
+
+
+def _streaming_us(loop: Node, arch: Arch) -> float:
+    assert loop.body is not None
+    return streaming_us(region(loop.body).moved_types, arch)
 
 
 class _State:
@@ -83,10 +98,6 @@ class _State:
             for value in node.inputs:
                 self.readers.setdefault(value.name, set()).add(index)
 
-    def us(self, choice: _Choice, arches: tuple[Arch, ...]) -> float:
-        """The expected time of what `choice` would replace."""
-        return _us((node for index in choice.nodes for node in self.nodes[index]), arches)
-
     def take(self, choice: _Choice) -> None:
         """Replace nodes."""
         for index, nodes in choice.nodes.items():
@@ -97,6 +108,7 @@ class _State:
         """The ways to sum what the loop at `index` sums in products before it."""
         (loop,) = self.nodes[index]
         products = [at for value in loop.inputs if (at := self._product(value, index)) is not None]
+        products = [at for at in products if _elements(self.nodes[at][0]) >= MIN_ELEMENTS]
         if not products:
             return
         stored = [value for at in products if (value := self._instead(loop, self.nodes[at][0], index)) is not None]
@@ -143,25 +155,32 @@ class _State:
         """The products with the first of `kernels`, which sums blocks, and the others in the place of the loop."""
         parts, *rest = kernels
         taken: dict[int, list[Value]] = {}
-        left: list[Value] = []
+        given = {value.name for value in parts.inputs}
+        steps = {result: needed(flat([parts]), [result]) for result in parts.results}
+        read = {result: {v.name for step in steps[result] for v in step.inputs} & given for result in parts.results}
         for result in parts.results:
-            read = {value.name for step in needed(flat([parts]), [result]) for value in step.inputs}
-            fitting = [at for at in products if self.nodes[at][0].results[0].name in read]
+            fitting = [at for at in products if self.nodes[at][0].results[0].name in read[result]]
             if fitting:
                 taken.setdefault(max(fitting), []).append(result)
-            else:
-                left.append(result)
         if not taken or len(rest) > 2:
             return None
+        left: list[Value] = []
+        for result in (one for one in parts.results if not any(one in values for values in taken.values())):
+            # what is made of the same as sums is in the same registers
+            alike = [at for at, values in taken.items() if read[result] <= set[str]().union(*(read[v] for v in values))]
+            (taken[alike[0]] if alike else left).append(result)
         own = [joined([parts], left)] if left else []
         after = [*own, *(joined([node], node.results) for node in rest)]
         found: dict[int, tuple[Node, ...]] = {index: tuple(after)}
+        pairs = []
         inside = {value.name for node in after for value in node.inputs}
         for at, results in taken.items():
             (node,) = self.nodes[at]
             (value,) = node.results
             kept = [value] if value.name in inside or self.readers[value.name] != {index} else []
-            made = _with_epilogue(node, joined([parts], results), [*kept, *results])
+            wanted = [one for one in results if one.name in inside or one.name in self.readers]
+            made = _with_epilogue(node, joined([parts], wanted), [*kept, *wanted])
+            pairs.append((node, made))
             ready = all(self.producer.get(one.name, -1) < at for one in made.inputs)
             if len(made.inputs) + len(made.outputs) > MAX_POINTERS:
                 return None
@@ -172,11 +191,13 @@ class _State:
             else:
                 found[at] = ()
                 found[index] = (made, *found[index])
-        return _Choice(found)
+        return _Choice(found, pairs, joined([parts], parts.results), own)
 
 
-def _us(nodes: Iterator[Node], arches: tuple[Arch, ...]) -> float:
-    return sum(expected_us(node.body, arch) for node in nodes if node.body is not None for arch in arches)
+def _elements(node: Node) -> int:
+    """Elements of the result of a product, at typical sizes."""
+    (value,) = node.results
+    return prod(map(typical, type_of(value).shape))
 
 
 def _split(loop: Node, stored: Sequence[Value], block: int) -> list[Node]:
