@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import torch_rtx
+from tests.helpers.sources import nodes
 from tests.paths import ROOT
 from torch_rtx import settings
 from torch_rtx.ir import kernel_nodes, verify
@@ -231,7 +232,7 @@ def messages() -> str:
     """Every text in the package's code; what is put in at run time is a line end."""
     found = []
     for path in (ROOT / "torch_rtx").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.JoinedStr):
                 found.append("\n".join(str(p.value) for p in node.values if isinstance(p, ast.Constant)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):

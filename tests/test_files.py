@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sources import nodes
 from tests.paths import ROOT
 from torch_rtx.files import replacing, write_file
 
@@ -71,7 +72,7 @@ def test_nothing_else_replaces_files() -> None:
     """But for a damaged runtime cache, which gets another name."""
     found = set()
     for path in (ROOT / "torch_rtx").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename"):
                 found.add(path.name)
     assert found == {"files.py", "runtime_file.py"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import torch_rtx
+from tests.helpers.sources import nodes
 from tests.paths import ENGINES, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -132,7 +133,7 @@ def test_imports_are_declared() -> None:
     names |= {"cuda", "onnx", "click"}  # cuda-bindings; onnx_ir and typer bring these
     found = set()
     for path in (ROOT / "torch_rtx").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

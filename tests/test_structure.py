@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sources import nodes, parsed
 from tests.paths import ENGINES, ROOT
 
 PACKAGE = ROOT / "torch_rtx"
@@ -47,19 +48,13 @@ def module_names() -> set[str]:
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@cache
 def imports(path: Path, types: bool = False) -> set[str]:
     """The modules of the package that a file imports; with `types` also those below TYPE_CHECKING."""
     found = set()
     modules = module_names()
-    tree = parsed(path)
-    checkers = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    checkers = [n for n in nodes(path) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
     for_checkers = set() if types else {id(inner) for node in checkers for inner in ast.walk(node)}
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in for_checkers:
             names = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
@@ -112,7 +107,7 @@ def test_no_cycles() -> None:
 def test_lengths() -> None:
     long = [f"{path} has {lines} lines" for path in FILES if (lines := path.read_text().count("\n")) > MAX_FILE]
     for path in FILES:
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 long += [f"{path}: {node.name} has {length} lines"] * (length > MAX_FUNCTION)
@@ -182,7 +177,7 @@ def test_sm_versions_are_compared_in_targets_alone() -> None:
     sizes = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}
     names = re.compile(r"\b(sm|target|capability|major|arch)\b")
     for path in FILES:
-        for node in ast.walk(parsed(path)) if path.name != "targets.py" else ():
+        for node in nodes(path) if path.name != "targets.py" else ():
             if isinstance(node, ast.Compare):
                 numbers = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
                 assert not (numbers & sizes and names.search(ast.unparse(node))), f"{path.name}: {ast.unparse(node)}"

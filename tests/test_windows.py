@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import torch_rtx
+from tests.helpers.sources import nodes, parsed
 from tests.paths import ROOT
 
 FILES = sorted((ROOT / "torch_rtx").rglob("*.py"))
@@ -31,10 +33,10 @@ CALLS = {
 GUARDS = re.compile(r"hasattr\(|sys\.platform|os\.name\b|except \(?.*(ImportError|AttributeError|OSError)")
 
 
-def posix_only(tree: ast.AST) -> list[ast.AST]:
+def posix_only(nodes: Iterable[ast.AST]) -> list[ast.AST]:
     """Imports and attributes that Windows lacks, and paths that only Linux has."""
     found: list[ast.AST] = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [node] if any(alias.name in MODULES for alias in node.names) else []
         elif isinstance(node, ast.ImportFrom):
@@ -51,10 +53,9 @@ def test_no_call_that_windows_lacks(path: Path) -> None:
     """Where there is one, the function that has it, or the condition around it, asks first, or catches what Windows
     says."""
     source = path.read_text()
-    tree = ast.parse(source)
-    parts: list[ast.FunctionDef | ast.If] = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    parts += [node for node in tree.body if isinstance(node, ast.If)]
-    for node in posix_only(tree):
+    parts: list[ast.FunctionDef | ast.If] = [node for node in nodes(path) if isinstance(node, ast.FunctionDef)]
+    parts += [node for node in parsed(path).body if isinstance(node, ast.If)]
+    for node in posix_only(nodes(path)):
         line: int = node.lineno  # type: ignore[attr-defined]
         around = [part for part in parts if part.lineno <= line <= (part.end_lineno or part.lineno)]
         assert around, f"{path.name}:{line} runs on import"
@@ -69,7 +70,8 @@ def test_the_workflow_runs_what_there_is() -> None:
 
 
 def test_the_lint_finds_them() -> None:
-    found = posix_only(ast.parse("import fcntl\nos.fork()\nos.path\nsignal.SIGKILL\nopen('/proc/self/maps')\nos.kill"))
+    text = "import fcntl\nos.fork()\nos.path\nsignal.SIGKILL\nopen('/proc/self/maps')\nos.kill"
+    found = posix_only(ast.walk(ast.parse(text)))
     assert len(found) == 4
 
 
