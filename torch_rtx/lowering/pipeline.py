@@ -30,6 +30,7 @@ from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
+from torch_rtx.lowering.passes.fold_padding import fold_padding
 from torch_rtx.lowering.passes.form_launches import form_launches
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
@@ -171,6 +172,7 @@ PIPELINE = (
     Pass(raise_quantized, needs=("targets",)),
     Pass(simplify_masks),
     Pass(read_in_place, needs=("targets",)),
+    Pass(fold_padding),
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(mix_before_resampling, needs=("targets", "weight_copies")),
