@@ -86,3 +86,21 @@ def test_large_images_are_summed_by_blocks() -> None:
     kernel = offered(form.nodes[0].body, 90)["kernel"].kernels["self"]  # type: ignore[arg-type]
     assert "for start in range" in kernel.source
     assert kernel.source.count("tl.store") == 3
+
+
+def test_a_result_that_is_stored_at_once_is_stored_once() -> None:
+    """It takes so long that it would be stored for the last kernel as well."""
+    image = "f32[2, 64, 32]"
+    form = split_by_blocks(
+        body(f"""
+            g: {image}
+            x: {image}
+            a: {image} = gelu_backward.default(grad_output=g, self=x)
+            s: f32[1, 1, 32] = sum.dim_IntList(self=a, dim=[0, 1], keepdim=True)
+            y: {image} = sub.Tensor(self=a, other=s)
+            return a, s, y"""),
+        "k",
+        64,
+    )
+    names = [value.name for value in form.nodes[0].results]
+    assert names.count("a") == 1 == len({*names}) - 1

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from tests.lowering.kernels.kernel_bodies import body, check
+import pytest
+import torch
+
+from benchmarks.numerics import assert_right
+from tests.doubles.interpreter import run
+from tests.lowering.kernels.kernel_bodies import body, check, empty, offered, random_tensor
 from torch_rtx.errors import Unsupported
+from torch_rtx.ir import attr_values
+from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.families.conv import conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import gemm_configs, gemm_kernel
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.matmul_template import GemmConfig
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.targets import arch_of
+
+CPU = torch.device("cpu")
 
 IMAGE, SUMS = "H[2, 16, 8, 16](2048, 1, 256, 16)", "f32[2, 1, 16]"
 # Statistics of blocks of 128 pixels, of a convolution whose windows overlap.
@@ -78,3 +88,26 @@ def test_other_reductions_are_refused(old: str, new: str) -> None:
         text = text.replace("p: f32[3, 1, 72]", "p: f32[1, 64, 72]")
     with pytest.raises(Unsupported):
         generate(body(text), "k", arch_of(90), 0)
+
+
+@pytest.mark.parametrize("text", [STATISTICS, GRADIENTS])
+def test_a_product_and_its_sums_apart(text: str) -> None:
+    """Each way to run them gives the same numbers."""
+    graph = body(text, "bf16")
+    torch.manual_seed(0)
+    inputs = [random_tensor(value.type, {}) for value in graph.inputs]
+    eager = compile_graph(graph, CPU)(inputs, ())
+    exact = compile_graph(parse(re.sub(r"\b(bf16|f32)\b", "f64", str(graph))), CPU)(
+        [one.double() for one in inputs], ()
+    )
+    form = offered(graph, 80)["apart"].body
+    assert form is not None
+    assert [node.op for node in form.nodes] == ["k_product", "k_sums"]
+    values = {value.name: tensor for value, tensor in zip(graph.inputs, inputs, strict=True)}
+    for node in form.nodes:
+        kernel = generate(node.body, node.op, arch_of(80), 0)  # type: ignore[arg-type]
+        assert kernel is not None
+        made = {value.name: empty(value.type, {}) for value in node.results}
+        run(kernel, [*(values[value.name] for value in node.inputs), *made.values()], {})
+        values |= made
+    assert_right([values[value.name] for value in attr_values(form.outputs)], eager, exact)

@@ -282,8 +282,9 @@ class _Splitter:
 
         once = [*filter(at_once, self._pending_outputs())]
         after = needed(self.pending, [value for value in self._pending_outputs() if value not in once])
-        again = (value for node in before if node in after and _is_long(node) for value in node.results)
-        self._kernel("parts", [*statistics, *once, *(value for value in again if _elements_of(value) == size)])
+        again = [value for node in before if node in after and _is_long(node) for value in node.results]
+        again = [value for value in again if _elements_of(value) == size and value not in once]
+        self._kernel("parts", [*statistics, *once, *again])
         totals = [value for one in started for value in self._combine(one)]
         rows = _elements_of(totals[0])
         ends = [value for value in self._pending_outputs() if _elements_of(value) == rows]

@@ -36,6 +36,7 @@ from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch, Target
 
 BLOCKS = (128, 64)  # rows of a tile
+GOOD_PART = 0.8  # of the time of a kernel of their own, which sums may add to the product: models are imprecise
 MIN_ELEMENTS = 1 << 19  # of a product; sums of less are not worth kernels of their own
 
 
@@ -50,7 +51,7 @@ def sum_in_tiles(graph: Graph, infer: Inference, targets: tuple[Target, ...]) ->
     for index, node in enumerate(graph.nodes):
         if is_loop_node(node) and any(map(reduces, flat([node]))):
             found = next(state.choices(index), None)
-            if found is not None and any(found.gain_us(arch) > 0 for arch in arches):
+            if found is not None and any(found.is_faster(arch) for arch in arches):
                 state.take(found)
     return replace(graph, nodes=tuple(node for nodes in state.nodes for node in nodes))
 
@@ -70,10 +71,11 @@ class _Choice:
     parts: Node
     left: Sequence[Node]
 
-    def gain_us(self, arch: Arch) -> float:
-        """How much faster than in kernels of their own the sums of blocks are expected to be."""
+    def is_faster(self, arch: Arch) -> bool:
+        """The sums of blocks are expected to take a good part less time than as a kernel of their own."""
         longer = sum(expected_us(after.body, arch) - expected_us(before.body, arch) for before, after in self.products)
-        return _streaming_us(self.parts, arch) - sum(_streaming_us(node, arch) for node in self.left) - longer
+        longer += sum(_streaming_us(node, arch) for node in self.left)
+        return longer < GOOD_PART * _streaming_us(self.parts, arch)
 
 
 def _streaming_us(loop: Node, arch: Arch) -> float:
@@ -171,17 +173,18 @@ class _State:
             (taken[alike[0]] if alike else left).append(result)
         own = [joined([parts], left)] if left else []
         after = [*own, *(joined([node], node.results) for node in rest)]
-        found: dict[int, tuple[Node, ...]] = {index: tuple(after)}
-        pairs = []
+        found: dict[int, tuple[Node, ...]] = {}
+        pairs, late = list[tuple[Node, Node]](), list[Node]()
         inside = {value.name for node in after for value in node.inputs}
-        for at, results in taken.items():
+        for at, results in sorted(taken.items()):
             (node,) = self.nodes[at]
             (value,) = node.results
             kept = [value] if value.name in inside or self.readers[value.name] != {index} else []
             wanted = [one for one in results if one.name in inside or one.name in self.readers]
             made = _with_epilogue(node, joined([parts], wanted), [*kept, *wanted])
             pairs.append((node, made))
-            ready = all(self.producer.get(one.name, -1) < at for one in made.inputs)
+            moved = {one.name for other in late for one in other.results}
+            ready = all(self.producer.get(one.name, -1) < at and one.name not in moved for one in made.inputs)
             if len(made.inputs) + len(made.outputs) > MAX_POINTERS:
                 return None
             if ready:
@@ -190,7 +193,8 @@ class _State:
                 return None
             else:
                 found[at] = ()
-                found[index] = (made, *found[index])
+                late.append(made)
+        found[index] = (*late, *after)
         return _Choice(found, pairs, joined([parts], parts.results), own)
 
 
