@@ -66,6 +66,7 @@ class GemmProblem:
         packing: see `packed`.
         is_sliceable: `SlicedWriter` takes it.
         rows_of_tile: that all tiles have, see `tile_sums`; 0: any number.
+        values: that the epilogue computes for an element.
     """
 
     batch: int
@@ -87,6 +88,7 @@ class GemmProblem:
     packing: Packing | None = None
     is_sliceable: bool = False
     rows_of_tile: int = 0
+    values: int = 0
 
     @property
     def has_groups(self) -> bool:
@@ -149,6 +151,7 @@ def gemm_problem(
         packing=packed,
         is_sliceable=swaps(contraction) and not contraction.taps and contraction.ends is None,
         rows_of_tile=0 if sums is None else sums.rows,
+        values=_values(region),
     )
     if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
         batch = max(min(found.batch, found.rows), 1)
@@ -160,6 +163,12 @@ def gemm_problem(
         found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
         found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packing=None)
     return found
+
+
+def _values(region: Region) -> int:
+    """Values that an epilogue computes for an element."""
+    found = (one for one in everything(region.outputs) if isinstance(one, Pointwise))
+    return sum(one.same_register is None for one in found)
 
 
 def _stored_bytes(operand: Tensor) -> float:
