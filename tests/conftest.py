@@ -78,6 +78,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20)
+    # AOTAutograd makes tensors for the state of random numbers in each capture, a seventh of the time of a small one,
+    # for a mode of functional random numbers that nobody turns on here.
+    from torch._decomp.decompositions_for_rng import PhiloxStateTracker
+
+    PhiloxStateTracker.reset = classmethod(lambda cls: None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,7 +32,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from torch import fx
-from torch._decomp.decompositions_for_rng import PhiloxStateTracker
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -292,14 +291,6 @@ def named() -> frozenset[str]:
     return frozenset(key for file in (FAILING, IN_PYTORCH) for key in listed(file))
 
 
-@pytest.fixture
-def no_philox(monkeypatch):
-    """AOTAutograd makes tensors for the state of random numbers in each capture, a seventh of its time, for a mode of
-    functional random numbers that nobody turns on here."""
-    monkeypatch.setattr(PhiloxStateTracker, "reset", classmethod(lambda cls: None))
-
-
-@pytest.mark.usefixtures("no_philox")
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_operators(chunk, all_dtypes):
     found = list(results(list(operators())[chunk::CHUNKS], all_dtypes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import triton.language as tl
@@ -49,7 +50,21 @@ def place(self: Any) -> tuple[str, int]:
     return self.fn.__code__.co_filename, self.fn.__code__.co_firstlineno
 
 
+def block(lines: list[str]) -> list[str]:
+    """`inspect.getblock`, which reads a kernel's tokens, of a function that no text within is at the margin of."""
+    margin, begun = len(lines[0]) - len(lines[0].lstrip()), False
+    for index, line in enumerate(lines):
+        words = line.lstrip()
+        if not words or len(line) - len(words) > margin or words[0] in "#)":
+            continue
+        if begun:
+            return lines[:index]
+        begun = words.startswith("def ")
+    return lines
+
+
 REPLACED = (
+    (inspect, "getblock", block),
     (tl.block_type, "__init__", block_type),
     (tl.tensor, "__init__", tensor),
     (interpreter, "_get_np_dtype", numpy_dtype),
