@@ -219,10 +219,11 @@ def _float8_product(
     each = [one for one in (*a.scales, *b.scales) if isinstance(one, Value) and type_of(one).shape]
     given: dict[str, Attr] = {"self": _rows(operands, a.data), "mat2": matrix}
     dtype = type_of(out).dtype
-    by_row = (
-        _by_row(operands, factors, out) if each and dtype == "bf16" and not _is_read_by_loop(operands, node) else None
-    )
-    if each and by_row is None and dtype in HALVES:
+    is_late = bool(each) and dtype in HALVES and sizes[1] <= sizes[0]
+    by_row = None
+    if each and dtype == "bf16" and not (is_late and _is_read_by_loop(operands, node)):
+        by_row = _by_row(operands, factors, out)
+    if is_late and by_row is None:
         return _half_product(operands, given, factors, bias, out, sizes[0])
     whole = {name: _scale(operands, () if each else one.scales) for name, one in zip(SCALES, factors, strict=True)}
     scales = by_row if each else whole
@@ -246,7 +247,8 @@ def _half_product(
 ) -> Value:
     """A product whose sums are written in f16, times a power of two with which the largest one fits. Libraries write
     these faster than sums in f32, and than those in bf16 with scales of rows. Scales and the bias are for whatever
-    reads the result: these bytes are no more than those of the result.
+    reads the result, which takes longer for that by each element. So it pays where a sum has many terms, at least as
+    many as there are columns.
 
     The sums have the bits of the result, or more. Those below the normal numbers of f16 are from operands whose
     elements all are tiny beside the largest number of their dtype, which is what one element of a row is scaled to.
