@@ -150,9 +150,7 @@ def overwrite_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Each element has a place of its own, with none between them."""
-    return tensor.is_contiguous() or (
-        0 not in tensor.stride() and aten.extent(tensor.shape, tensor.stride()) == tensor.numel()
-    )
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:

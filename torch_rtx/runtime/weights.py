@@ -232,7 +232,7 @@ class WeightStore:
 
     def _follow(self) -> None:
         """Watch the tensors that owned weights are computed from."""
-        names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
+        names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned and self._sources]
         watched = {n: self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources}
         self.watch, self._due = None, math.inf
         if watched:
@@ -529,10 +529,10 @@ class WeightStore:
         """
         wanted = set(indices)
         plain = {i for i in wanted if i in self._loan.places or self.weights[i].recipe is None}
-        yield self._given(plain, sources, host)
         for batch in self._recipes.batches(sorted(wanted - plain)):
             made = self._run(batch, sources, host)
             yield {index: value for index, value in made.items() if index in wanted}
+        yield self._given(plain, sources, host)  # at last: meanwhile a GPU runs recipes
 
     def _make(self, index: int, sources: Tensors) -> torch.Tensor:
         """The weight computed from `sources`, alone; it shares their memory where its recipe allows."""
