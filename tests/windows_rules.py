@@ -86,7 +86,7 @@ def _in_package() -> bool:
 def _check_unused(*paths: Any) -> None:
     """Raises PermissionError, as Windows does, where a file is open or mapped, or a folder has such a file in it."""
     wanted = [os.path.realpath(os.fsdecode(path)) for path in paths]
-    mappings = _mappings()  # tens of thousands: looked through only where one of the names is among them
+    mappings = _mappings()  # hundreds of lines: split only where one of the names is among them
     named = any(os.fsencode(path) in mappings for path in wanted)
     for used in (*_opened(), *(_mapped(mappings) if named else ())):
         for path in wanted:
