@@ -86,21 +86,31 @@ def _in_package() -> bool:
 def _check_unused(*paths: Any) -> None:
     """Raises PermissionError, as Windows does, where a file is open or mapped, or a folder has such a file in it."""
     wanted = [os.path.realpath(os.fsdecode(path)) for path in paths]
-    for used in in_use():
+    mappings = _mappings()  # hundreds of lines: split only where one of the names is among them
+    named = any(os.fsencode(path) in mappings for path in wanted)
+    for used in (*_opened(), *(_mapped(mappings) if named else ())):
         for path in wanted:
             if used == path or used.startswith(path + os.sep):
                 raise PermissionError(errno.EACCES, "Windows: another process is using the file", path)
 
 
-def in_use() -> Iterator[str]:
-    """The files that this process has open or mapped, and that have a name."""
+def _opened() -> Iterator[str]:
+    """The files that this process has open, and that have a name."""
     for number in os.listdir("/proc/self/fd"):
         try:
             yield os.readlink(f"/proc/self/fd/{number}")
         except OSError:  # closed meanwhile
             continue
-    with open("/proc/self/maps") as file:
-        yield from {line[line.index("/") :].rstrip("\n") for line in file if "/" in line}
+
+
+def _mappings() -> bytes:
+    with open("/proc/self/maps", "rb") as file:
+        return file.read()
+
+
+def _mapped(mappings: bytes) -> Iterator[str]:
+    """The files among the mappings of this process."""
+    yield from (os.fsdecode(line[line.index(b"/") :]) for line in mappings.splitlines() if b"/" in line)
 
 
 def _check_name(path: str) -> None:
