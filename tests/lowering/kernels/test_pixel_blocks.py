@@ -15,6 +15,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import attr_values
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.families.loop import FAMILY
+from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.split_columns import best_pixels
 from torch_rtx.lowering.kernels.split_reduction import split_by_blocks
@@ -78,10 +79,20 @@ def test_what_is_no_block_of_pixels() -> None:
     assert best_pixels(rows, arch_of(90)) is None
 
 
+LARGE = GRADIENT.replace("[2, 24, 8, 6](1152, 1, 144, 24)", "[32, 24, 64, 48](73728, 1, 1152, 24)")
+LARGE = LARGE.replace("[2, 24, 4, 3](288, 1, 72, 24)", "[32, 24, 32, 24](18432, 1, 576, 24)")
+
+
+def test_the_kernel_that_adds_blocks_has_its_best_configuration() -> None:
+    """Whatever suits the one that reads the image."""
+    found = [one for one in tactics(body(LARGE, "bf16"), "k", arch_of(90)) if one.kind == "split"]
+    blocked = [one.kernels for one in found if "k_parts128" in one.kernels]
+    assert len({kernels["k_parts128"].source for kernels in blocked}) > 1
+    assert len({kernels["k_sum128"].source for kernels in blocked}) == 1
+
+
 def test_large_images_are_summed_by_blocks() -> None:
-    text = GRADIENT.replace("[2, 24, 8, 6](1152, 1, 144, 24)", "[32, 24, 64, 48](73728, 1, 1152, 24)")
-    text = text.replace("[2, 24, 4, 3](288, 1, 72, 24)", "[32, 24, 32, 24](18432, 1, 576, 24)")
-    form = offered(body(text, "bf16"), 90)["split"].body
+    form = offered(body(LARGE, "bf16"), 90)["split"].body
     assert form is not None
     kernel = offered(form.nodes[0].body, 90)["kernel"].kernels["self"]  # type: ignore[arg-type]
     assert "for start in range" in kernel.source

@@ -23,6 +23,7 @@ from torch_rtx.lowering.kernels.families import (
 )
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.memory_model import bytes_of
 from torch_rtx.lowering.kernels.region import Exact, Region, region
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import EMULATED, Arch, lacks
@@ -31,6 +32,7 @@ FAMILIES = (
     *(gemm.FAMILY, conv.FAMILY, attention.FAMILY, attention_backward.FAMILY, attention_flex.FAMILY, grouped.FAMILY),
     loop.FAMILY,
 )
+MINOR = 8  # times fewer bytes than another kernel of a tactic: a kernel has its best configuration
 Form = tuple[Tactic[Kernel], Iterator[Tactic[Kernel]]]  # a tactic, and its fallbacks
 
 
@@ -124,15 +126,23 @@ def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
         yield Tactic("kernel", us, {OWN: _kernel(found.body, name, config, arch)})
 
 
+def _moved(body: Graph, arch: Arch) -> int:
+    """Bytes that a kernel reads and writes."""
+    return sum(map(bytes_of, region(body, _as_bytes(body, arch)).moved_types))
+
+
 def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
     """An offered tactic, in each configuration of its first kernel; once if it has no kernels, and not at all if one of
-    its kernels can't be generated."""
+    its kernels can't be generated. A kernel that moves much less than another one has its best configuration in all:
+    what suits large kernels says nothing of it."""
     nodes = offer.body.nodes if offer.body is not None else ()
     try:
         inside = [(node.op, node.body, _configs(node.body, arch)) for node in nodes if node.body is not None]
+        moved = [_moved(body, arch) for _, body, _ in inside]
         for which in range(len(inside[0][2]) if inside else 1):
             kernels = {
-                op: _kernel(body, op, configs[min(which, len(configs) - 1)], arch) for op, body, configs in inside
+                op: _kernel(body, op, configs[min(which, len(configs) - 1) if MINOR * size > max(moved) else 0], arch)
+                for (op, body, configs), size in zip(inside, moved, strict=True)
             }
             yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
     except Unsupported:
