@@ -25,7 +25,6 @@ from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.decompose import decompose
 from torch_rtx.lowering.passes.expand_attention import expand_attention
 from torch_rtx.lowering.passes.expand_bags import expand_bags
-from torch_rtx.lowering.passes.expand_convolution_gradients import expand_convolution_gradients
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
@@ -50,7 +49,6 @@ from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.raise_products import raise_products
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
-from torch_rtx.lowering.passes.read_less import read_less
 from torch_rtx.lowering.passes.reduce_in_place import reduce_in_place
 from torch_rtx.lowering.passes.results_for_writes import results_for_writes
 from torch_rtx.lowering.passes.separate_pools import separate_pools
@@ -58,7 +56,6 @@ from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.split_scans import split_scans
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
-from torch_rtx.lowering.passes.sum_in_tiles import sum_in_tiles
 from torch_rtx.lowering.passes.transpose_weights import transpose_weights
 from torch_rtx.lowering.passes.unroll_recurrences import unroll_recurrences
 from torch_rtx.lowering.passes.write_in_place import write_in_place
@@ -191,15 +188,12 @@ PIPELINE = (
     Pass(transpose_weights, needs=("targets",), takes=("weight_copies",)),
     Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
-    Pass(expand_convolution_gradients, needs=("targets",)),
     Pass(write_in_place),
     Pass(move_numbers, needs=("targets",)),
     Pass(hoist_weights, takes=("targets",)),
     Pass(pack_weights, needs=("targets",), takes=("weight_copies",)),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
-    Pass(read_less, needs=("targets",), takes=("targets",)),
-    Pass(sum_in_tiles, needs=("targets",), takes=("targets",)),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
     Pass(results_for_writes, needs=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),

@@ -49,8 +49,6 @@ RESULT_OPERATIONS, L2_BYTES = 4.7, 40
 I8_COLUMNS = 128  # of Triton's largest instruction of wgmma
 # Of persistent programs: steps of a tile, how many a multiprocessor holds, and bytes of a warp for parts of a tile.
 LEAST_STEPS, MOST_RESIDENT, PIECES_BYTES = 2, 2, 4096
-MIN_SUMMED, MAX_SUMMED = 32, 180  # columns of a tile whose rows are summed, and registers per thread for its elements
-FREE_VALUES, OF_VALUE = 2, 0.45  # of such an element in the epilogue; registers that each other one takes on average
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 F32 = "f32"
@@ -90,9 +88,7 @@ def ranked_configs(
         us, config, precision, _ = one
         if us <= RIVAL * found[0][0]:
             rivals.setdefault(precision, one)
-        warps = config.num_warps if region.reductions else 0
-        kind = config.gemv, config.slices, config.stacked, config.programs > 0
-        tile = *kind, config.block_m, config.width, warps, precision
+        tile = config.gemv, config.slices, config.stacked, config.block_m, config.width, config.programs > 0, precision
         of_tile[tile] += 1
         if of_tile[tile] <= MAX_PER_TILE:
             kept.append(one)
@@ -106,7 +102,7 @@ def ranked_configs(
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
-    """The time of the fastest kernel if its operands were plain loads, in tiles of any size, in microseconds.
+    """The time of the fastest kernel if its operands were plain loads, in microseconds.
 
     Raises:
         Unsupported: see `gemm_problem`.
@@ -118,7 +114,7 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
         more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
         moved = problem.bytes_moved + int(more)
         problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
-        problem = replace(problem, unpacking=0, packing=None, swapped=False, rows_of_tile=0)
+        problem = replace(problem, unpacking=0, packing=None, swapped=False)
         times += [us for us, _ in _ranked(problem, _is_gemv(contraction), arch)[:1]]
     if not times:
         raise Unsupported("no tile fits into the registers")
@@ -233,8 +229,6 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     for (block_m, block_n, block_k), (extra, stacked) in itertools.product(itertools.product(*tiles), forms):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
-        if problem.rows_of_tile and (block_m != problem.rows_of_tile or block_n < min(most_n, MIN_SUMMED)):
-            continue
         if problem.promoted and block_k > MAX_IMPRECISE:
             continue
         if problem.dtype in (F32, TF32X3) and block_k > 32:
@@ -252,8 +246,6 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
             config = _of_computed(problem, given, arch)
             if config is None or (extra and not _uses_wgmma(problem, config, arch)):
                 continue
-            if problem.rows_of_tile and (num_warps < 4 or _of_epilogue(problem, area) > MAX_SUMMED * 32 * num_warps):
-                continue
             if not _fits_registers(problem, config, arch):
                 continue
             tile = block_m, block_n, block_k, num_warps
@@ -267,7 +259,7 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
 def _persistent(problem: GemmProblem, config: GemmConfig, arch: Arch) -> Iterator[GemmConfig]:
     """`config` with programs that compute several tiles each. That pays where a tile takes little more than its first
     loads and its stores, as of operands of 8 bits on Hopper; with halves nothing was gained there."""
-    is_plain = not (problem.promoted or problem.unpacking or problem.taps > 1 or problem.rows_of_tile or config.extra_n)
+    is_plain = not (problem.promoted or problem.unpacking or problem.taps > 1 or config.extra_n)
     is_plain = is_plain and not (problem.dtype == "i8" and config.block_n > I8_COLUMNS)
     is_plain = is_plain and _is_narrow(problem) and problem.depth >= LEAST_STEPS * config.block_k
     if is_plain and _uses_wgmma(problem, config, arch):
@@ -313,11 +305,6 @@ def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
     """Registers per thread for accumulators."""
     each = 1 + (problem.promoted or problem.dtype == TF32X3)
     return each * config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
-
-
-def _of_epilogue(problem: GemmProblem, elements: int) -> float:
-    """Registers for elements of a tile whose rows are summed, and for what the epilogue computes of these."""
-    return elements * (1 + OF_VALUE * max(problem.values - FREE_VALUES, 0))
 
 
 def _computed_elements(problem: GemmProblem, config: GemmConfig) -> int:
@@ -430,9 +417,6 @@ def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> 
     threads = 32 * config.num_warps
     is_once = _uses_wgmma(problem, config, arch) and not config.programs  # a tile per program
     used = accumulator_regs(problem, config) + (56 if is_once else 80)
-    if problem.rows_of_tile:
-        accumulators = accumulator_regs(problem, config)
-        used += int(_of_epilogue(problem, accumulators)) - accumulators
     if _unpacks_for_wgmma(problem, config, arch):
         used += _computed_elements(problem, config) * 3 // 4  # of this step and the next
     elif problem.packing:  # a part after the other, but all scales

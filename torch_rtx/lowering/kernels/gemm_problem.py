@@ -37,7 +37,6 @@ from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.packed import Packing
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import MIN_BLOCK
-from torch_rtx.lowering.kernels.tile_sums import plain_outputs, tile_sums
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
 from torch_rtx.targets import Arch, lacks
 
@@ -65,8 +64,6 @@ class GemmProblem:
         swapped: see `matmul_template.swaps`.
         packing: see `packed`.
         is_sliceable: `SlicedWriter` takes it.
-        rows_of_tile: that all tiles have, see `tile_sums`; 0: any number.
-        values: that the epilogue computes for an element.
     """
 
     batch: int
@@ -87,8 +84,6 @@ class GemmProblem:
     swapped: bool = False
     packing: Packing | None = None
     is_sliceable: bool = False
-    rows_of_tile: int = 0
-    values: int = 0
 
     @property
     def has_groups(self) -> bool:
@@ -125,7 +120,7 @@ def gemm_problem(
     dtype = dot_dtype(contraction)
     if lacks(arch, dtype):
         raise Unsupported(f"a matrix product of {dtype} on sm_{arch.sm}")
-    epilogue, sums = epilogue_indexing([*plain_outputs(region).values()], contraction.tile()), tile_sums(region)
+    epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
     depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
     if KLoop(contraction, MIN_BLOCK).flat:
@@ -150,8 +145,6 @@ def gemm_problem(
         swapped=swaps(contraction),
         packing=packed,
         is_sliceable=swaps(contraction) and not contraction.taps and contraction.ends is None,
-        rows_of_tile=0 if sums is None else sums.rows,
-        values=_values(region),
     )
     if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
         batch = max(min(found.batch, found.rows), 1)
@@ -163,12 +156,6 @@ def gemm_problem(
         found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
         found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packing=None)
     return found
-
-
-def _values(region: Region) -> int:
-    """Values that an epilogue computes for an element."""
-    found = (one for one in everything(region.outputs) if isinstance(one, Pointwise))
-    return sum(one.same_register is None for one in found)
 
 
 def _stored_bytes(operand: Tensor) -> float:

@@ -25,7 +25,6 @@ from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, P
 from torch_rtx.lowering.kernels.packed import HALVES_OF_WORD, Packing, fits_halves, in_halves, packing_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import PROGRAM, PartFunction, assemble, blocks, needs_int64, part_source
-from torch_rtx.lowering.kernels.tile_sums import BLOCK, plain_outputs, tile_sums, write_tile_sums
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
@@ -220,10 +219,7 @@ class TileWriter:
         self.dtype = dot_dtype(contraction)
         self.sums = DTYPES[self.dtype].sums
         self.tile = contraction.tile()
-        self.sums_of_tile = tile_sums(region)
-        plain = plain_outputs(region)
-        self.indexing: EpilogueIndexing = epilogue_indexing([*plain.values()], self.tile)
-        self.positions = dict(zip(plain, self.indexing.positions, strict=True))
+        self.indexing: EpilogueIndexing = epilogue_indexing(region.outputs, self.tile)
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.z, self.m = batch_index(contraction), variable(M, from_dim(contraction.rows))
         self.n = variable(N, self.indexing.width)
@@ -234,11 +230,6 @@ class TileWriter:
         self.ranges = [Axis(N, config.block_n, self.columns_mask)]  # of columns, one per accumulator
         if config.extra_n:
             self.ranges.append(Axis(EXTRA, config.extra_n, self.columns_mask and f"{self.columns_mask}1"))
-        if self.sums_of_tile is not None:
-            shape = tuple(map(from_dim, (*self.tiles[:1], config.block_m, self.columns)))
-            is_whole = shape == self.sums_of_tile.shape and not self.rows_mask and self.batch == 1
-            if not is_whole or swaps(contraction) or not self.row_axis:
-                raise Unsupported("sums over blocks of rows that are no tiles")
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
@@ -318,8 +309,7 @@ class TileWriter:
     def rows(self, tile: str) -> list[str]:
         """The rows of a tile, and their mask."""
         rows = Axis(M, self.config.block_m, self.rows_mask)
-        lines = [f"{BLOCK} = {tile or 0}"] if self.sums_of_tile is not None else []
-        return lines + self._range(rows, _times(tile, rows.block), self.row_axis, self.contraction.rows)
+        return self._range(rows, _times(tile, rows.block), self.row_axis, self.contraction.rows)
 
     def _range(self, axis: Axis, start: str, side: str, size: Dim) -> list[str]:
         cast = "" if "tile" in start else self.cast
@@ -353,14 +343,10 @@ class TileWriter:
             here = at(self.tile.position(column))
             emitter.anchored[raw, here] = total
             emitter.anchored[self.tile.out, here] = emitter.value(result, here)
-        for which, position in self.positions.items():
-            value = emitter.value(self.region.outputs[which], at(position))
+        for which, (output, position) in enumerate(zip(self.region.outputs, self.indexing.positions, strict=True)):
+            value = emitter.value(output, at(position))
             address = linear(at(position), map(from_dim, self.region.types[which].strides))
             emitter.store(f"out{which}", address, value, frozenset((M, N, EXTRA)) & frozenset(emitter.axes))
-        if self.sums_of_tile is not None:
-            row, column = at((self.m, self.n))
-            (axis,) = {EXTRA, N} & emitter.axes.keys()
-            write_tile_sums(self.region, self.sums_of_tile, emitter, row, column, axis)
 
 
 def _times(tile: str, block: int) -> str:

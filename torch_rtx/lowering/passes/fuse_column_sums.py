@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from math import inf
 
+from torch_rtx import accumulation
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.effects import is_barrier
-from torch_rtx.lowering.fusion import MAX_POINTERS
+from torch_rtx.lowering.fusion import MAX_POINTERS, kernel_name
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.body_builder import flat
+from torch_rtx.lowering.kernels.generate import fastest
 from torch_rtx.lowering.kernels.split_columns import sums_rows
 from torch_rtx.lowering.kernels.split_reduction import reduces
-from torch_rtx.lowering.loop_nodes import expected_us, is_loop_node, joined
 from torch_rtx.targets import Arch, Target
 
 
@@ -53,9 +58,9 @@ def _pairs(graph: Graph, readers: Mapping[str, set[int]]) -> Iterator[tuple[int,
     it sums, the last one before others, then those that read the same."""
     producer = {value.name: index for index, node in enumerate(graph.nodes) for value in node.results}
     barriers = [at for at, node in enumerate(graph.nodes) if is_barrier(node)]
-    loops = {at for at, node in enumerate(graph.nodes) if is_loop_node(node) and _reductions(node, sums=False)}
+    loops = {at for at, node in enumerate(graph.nodes) if _is_loop(node) and _reductions(node, sums=False)}
     for index, node in enumerate(graph.nodes):
-        if not is_loop_node(node) or index in loops or not _reductions(node, sums=True):
+        if not _is_loop(node) or index in loops or not _reductions(node, sums=True):
             continue
         made = {producer[value.name] for value in node.inputs if value.name in producer} & loops
         beside = {at for value in node.inputs if _is_large(value) for at in readers[value.name]} & loops
@@ -70,6 +75,13 @@ def _is_large(value: Value) -> bool:
     return isinstance(value.type, TensorType) and len(value.type.shape) > 1
 
 
+def _is_loop(node: Node) -> bool:
+    """Whether a kernel is one loop, that adds nothing in memory."""
+    if node.kind != "kernel" or node.body is None or accumulation.starts(node.body):
+        return False
+    return all(inner.kind == "op" for inner in node.body.nodes)
+
+
 def _reductions(node: Node, sums: bool) -> bool:
     """Whether a loop has sums over all rows, or other reductions."""
     assert node.body is not None
@@ -78,12 +90,37 @@ def _reductions(node: Node, sums: bool) -> bool:
 
 def _is_faster(joint: Node, nodes: Sequence[Node], arches: tuple[Arch, ...]) -> bool:
     """`joint` is expected to be faster than `nodes`, one by one, on one of `arches`."""
-    return any(expected_us(joint.body, arch) < sum(expected_us(node.body, arch) for node in nodes) for arch in arches)
+    return any(_us(joint.body, arch) < sum(_us(node.body, arch) for node in nodes) for arch in arches)
+
+
+@lru_cache(maxsize=4096)  # layers of a model have equal regions
+def _us(body: Graph | None, arch: Arch) -> float:
+    """The expected time of the best tactic for a kernel; infinite if there is none."""
+    try:
+        found = None if body is None else fastest(body, "trial", arch)
+    except Unsupported:
+        return inf
+    return inf if found is None else found.expected_us
 
 
 def _joint(graph: Graph, group: Sequence[int], readers: Mapping[str, set[int]]) -> Node:
     """The kernel of a loop and of sums, in that order, with the results that other nodes read."""
-    loops = [graph.nodes[index] for index in group]
-    made = (value for node in loops for value in node.results)
-    results = tuple(value for value in made if readers.get(value.name, set()) - {*group})
-    return replace(joined(loops, results), loc=loops[0].loc)
+    nodes = flat([graph.nodes[index] for index in group])
+    made = {value.name: value for node in nodes for value in node.results}
+    given = {value.name: value for node in nodes for value in node.inputs if value.name not in made}
+    results = tuple(value for value in made.values() if readers.get(value.name, set()) - {*group})
+    names = {name: Value(f"in{i}", value.type) for i, (name, value) in enumerate(given.items())}
+    names |= {name: Value(f"v{i}", value.type) for i, (name, value) in enumerate(made.items(), len(given))}
+    inner = tuple(
+        replace(
+            node,
+            args=node.map_inputs(lambda value: names[value.name]),
+            outputs=tuple(None if value is None else names[value.name] for value in node.outputs),
+            loc=None,
+        )
+        for node in nodes
+    )
+    inputs, outputs = (tuple(names[value.name] for value in values) for values in (given.values(), results))
+    body = Graph("import", inputs, nodes=inner, outputs=outputs)
+    args = tuple((f"in{i}", value) for i, value in enumerate(given.values()))
+    return Node("kernel", kernel_name(body), args, results, body, graph.nodes[group[0]].loc)

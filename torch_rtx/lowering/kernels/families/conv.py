@@ -25,7 +25,6 @@ from torch_rtx.lowering.kernels.families.family import (
     Family,
     Offer,
     added_to,
-    apart,
     around,
     bare,
     library_us,
@@ -308,8 +307,6 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     without, after_us = _without_bias(region.body, name), epilogue_us(region, arch)
     expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
     yield Offer("library", expected_us + (bias_us if without is not None and usual else 0.0))
-    if region.reductions:  # other tiles than those whose rows are summed may be faster
-        yield Offer("apart", plain + before_us + after_us, apart(region.body, name, region.anchor))
     if without is not None:
         yield Offer("bare", expected_us + (0.0 if after_us else bias_us), without)
     fused = _with_relu(region.body)

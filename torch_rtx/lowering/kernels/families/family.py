@@ -144,14 +144,3 @@ def bare(body: Graph, name: str, anchor: Node, bias: Attr, call: Callable[[BodyB
     last.name_last(result)
     nodes = *calls.nodes, kernel(f"{name}_bias", (plain, *body.inputs), [*last.nodes, *after], outputs)
     return Graph("import", body.inputs, nodes=nodes, outputs=body.outputs)
-
-
-def apart(body: Graph, name: str, anchor: Node) -> Graph:
-    """`body`, of the kernel `name`, as a kernel of the anchor alone, and one for all that follows."""
-    before, _, after = around(body, frozenset((anchor.op,)))
-    (result,) = anchor.outputs
-    assert result is not None
-    rest = tuple(value for value in body.outputs if isinstance(value, Value) and value != result)
-    first = kernel(f"{name}_product", body.inputs, needed([*before, anchor], [result]), (result,))
-    second = kernel(f"{name}_sums", (result, *body.inputs), needed([*before, *after], rest), rest)
-    return Graph("import", body.inputs, nodes=(first, second), outputs=body.outputs)

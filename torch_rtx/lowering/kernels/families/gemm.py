@@ -16,7 +16,7 @@ from torch_rtx.lowering.kernels.block_scaled import (
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import Family, Offer, apart, around, bare, library_us, splits
+from torch_rtx.lowering.kernels.families.family import Family, Offer, around, bare, library_us, splits
 from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
@@ -251,8 +251,6 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     is_slower = without is not None and arch.float32.products == HIGHEST  # with the bias
     expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
     yield Offer("library", expected_us * (BIAS_COST if is_slower else 1.0))
-    if region.reductions:  # other tiles than those whose rows are summed may be faster
-        yield Offer("apart", plain + before_us + after_us, apart(region.body, name, region.anchor))
     if without is not None:
         bias_us = after_us or streaming_us([*region.types, *region.types], arch)
         yield Offer("bare", library_us(FAMILY.name, region, arch, plain, before_us, bias_us, usual), without)
