@@ -5,8 +5,9 @@
 
 Names are models that packages ship (`benchmarks.shipped`), and models of the zoo. Of these `bert_base:dynamo` is what
 comes back from the newer exporter of PyTorch, `bert_base:script` from the older one, and `bert_base` the module itself.
-Errors are those of the largest element, to onnxruntime on the CPU; for float16, what does not stand it is run by
-autocast. A peer that fails has its error in its row, and no peer is begun when the time of its model is over.
+The forms and the peers of a model take turns. Errors are those of the largest element, to onnxruntime on the CPU; for
+float16, what does not stand it is run by autocast. A peer that fails has its error in its row, and no peer is begun
+when the time of its model is over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,39 +78,58 @@ def case(name: str, size: models.Size, folder: Path) -> Case:
     return Case(from_onnx(path) if exporter else whole.eval(), whole.inputs, wanted, path)
 
 
-def measure(case: Case, dtype: torch.dtype, peers: Sequence[str], seconds: float, device: str) -> dict[str, Any]:
-    """For each peer the milliseconds of a call, by events and by the clock of the wall, and its error."""
-    start = time.perf_counter()
+def measure(
+    cases: Mapping[str, Case], dtype: torch.dtype, peers: Sequence[str], seconds: float, device: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each case and peer the milliseconds of a call, by events and by the clock of the wall, and its error. All
+    take turns, so that forms of one model can be compared."""
+    until = time.perf_counter() + seconds * len(cases)
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    calls: dict[str, timing.Call] = {}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for name, case in cases.items():
+            place = Path(folder, name.replace(":", "_"))
+            place.mkdir()
+            rows[name] = {}
+            for peer, (row, call) in _peers(case, dtype, peers, until, device, place):
+                rows[name][peer] = row
+                if call is not None:
+                    calls[f"{name} {peer}"] = call
+        for which, found in timing.interleaved(calls, device, 8, lambda name: None).items():
+            name, _, peer = which.partition(" ")
+            for clock, rounds in found.items():
+                rows[name][peer][clock] = statistics.median(ms for one in rounds for ms in one)
+    return rows
+
+
+def _peers(
+    case: Case, dtype: torch.dtype, peers: Sequence[str], until: float, device: str, folder: Path
+) -> Iterator[tuple[str, tuple[dict[str, Any], timing.Call | None]]]:
+    """Each peer, with its row so far, and the call to measure; None: it can't run."""
     whole = dtype if case.half else torch.float32
     module = copy.deepcopy(case.module).to(device, whole).eval()
     inputs = [x.to(device, whole if x.is_floating_point() else x.dtype) for x in case.inputs]
     mixed = torch.autocast(device, dtype, enabled=dtype is not whole)
-    rows: dict[str, Any] = {}
-    calls: dict[str, timing.Call] = {}
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        subject = Subject(module, tuple(inputs), {}, Path(folder), device)
-        for peer in peers:
-            why_not = PEERS[peer].why_not(device) or _why_not(peer, case, dtype)
-            if time.perf_counter() - start > seconds:
-                why_not = f"no time: {seconds:.0f} s are over"
-            if why_not is not None:
-                rows[peer] = {"why_not": why_not}
-                continue
-            try:
-                with mixed:
-                    began = time.perf_counter()
-                    call = _prepared(peer, subject, case)
-                    results = [call(*inputs) for _ in range(3)][-1]
-                    timing.synchronize(device)
-                rows[peer] = {"error": _error(results, case.wanted), "prepare_s": time.perf_counter() - began}
-                calls[peer] = _within(mixed, call, inputs)
-            except Exception as error:
-                traceback.print_exc()
-                rows[peer] = {"why_not": f"{type(error).__name__}: {str(error)[:200]}"}
-        for peer, found in timing.interleaved(calls, device, 8, lambda name: None).items():
-            for clock, rounds in found.items():
-                rows[peer][clock] = statistics.median(ms for one in rounds for ms in one)
-    return rows
+    subject = Subject(module, tuple(inputs), {}, folder, device)
+    for peer in peers:
+        why_not = PEERS[peer].why_not(device) or _why_not(peer, case, dtype)
+        if time.perf_counter() > until:
+            why_not = "no time is left"
+        if why_not is not None:
+            yield peer, ({"why_not": why_not}, None)
+            continue
+        try:
+            with mixed:
+                began = time.perf_counter()
+                call = _prepared(peer, subject, case)
+                results = [call(*inputs) for _ in range(3)][-1]
+                timing.synchronize(device)
+            row = {"error": _error(results, case.wanted), "prepare_s": time.perf_counter() - began}
+        except Exception as error:
+            traceback.print_exc()
+            yield peer, ({"why_not": f"{type(error).__name__}: {str(error)[:200]}"}, None)
+            continue
+        yield peer, (row, _within(mixed, call, inputs))
 
 
 def _why_not(peer: str, case: Case, dtype: torch.dtype) -> str | None:
@@ -144,6 +164,18 @@ def _error(results: Any, wanted: Sequence[np.ndarray]) -> float:
     return max(float(np.abs(y - x).max() / max(np.abs(x).max(), 1e-30)) for y, x in pairs)
 
 
+def _cases(names: Sequence[str], size: models.Size, folder: Path) -> Iterator[tuple[str, Case]]:
+    """The cases of these names, but for those that fail, which are printed."""
+    for name in names:
+        place = folder / name.replace(":", "_")
+        place.mkdir()
+        try:
+            yield name, case(name, size, place)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{name:18} {type(error).__name__}: {str(error)[:90]}", flush=True)
+
+
 def line(name: str, dtype: str, peer: str, row: dict[str, Any]) -> str:
     """A line of the table."""
     if "why_not" in row:
@@ -165,19 +197,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     print(f"{'model':18} {'dtype':8} {'peer':16} {'device ms':>9} {'wall ms':>9} {'error':>9} {'begin s':>7}")
+    groups: dict[str, list[str]] = {}  # the forms of a model
     for name in options.names or NAMES:
+        groups.setdefault(name.partition(":")[0], []).append(name)
+    for names in groups.values():
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                read = case(name, options.size, Path(folder))
-            except Exception as error:
-                traceback.print_exc()
-                print(f"{name:18} {type(error).__name__}: {str(error)[:90]}", flush=True)
-                continue
+            cases = dict(_cases(names, options.size, Path(folder)))
             for dtype in options.dtypes.split(","):
-                found = measure(read, DTYPES[dtype], options.peers.split(","), options.seconds, device)
-                for peer, row in found.items():
-                    print(line(name, dtype, peer, row), flush=True)
-                    rows.append({"model": name, "dtype": dtype, "peer": peer, **row})
+                measured = measure(cases, DTYPES[dtype], options.peers.split(","), options.seconds, device)
+                for name, found in measured.items():
+                    for peer, row in found.items():
+                        print(line(name, dtype, peer, row), flush=True)
+                        rows.append({"model": name, "dtype": dtype, "peer": peer, **row})
                 if options.json is not None:
                     options.json.write_text(json.dumps(rows, indent=1))
     return rows
