@@ -445,7 +445,7 @@ return y
     "nothing to do with": GATED["three outputs"].replace(
         "d: H[20, 24] = neg.default(self=v)", "d: H[20, 64] = neg.default(self=x)"
     ),
-    "reduces something else": EPILOGUES["bias and gelu"].replace("gelu.default(self=h)", "softmax.int(self=h, dim=1)"),
+    "inside of another loop": EPILOGUES["bias and gelu"].replace("gelu.default(self=h)", "softmax.int(self=h, dim=1)"),
     "repeats": """
 x: H[20, 64]
 w: H[64, 24]
