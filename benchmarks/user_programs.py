@@ -4,9 +4,9 @@
 
 `flex`: flex_attention of float16 operands [4, 16, 4096, 64 or 128] beside PyTorch's compiled one, forward and gradients
 of query, key and value; errors are those of one head, to float64, relative to the norm; `--cases` selects some of the
-modifications. `loop`: `while_loop` that makes
-64 tokens in one CUDA graph, beside 64 calls of an engine of one step. `launch`: an engine of a Triton kernel beside one
-of the kernel that is generated for the same sum. Times are medians on the device. Without a GPU only `loop` runs.
+modifications. `loop`: `while_loop` that makes 64 tokens in one CUDA graph, beside 64 calls of an engine of one step.
+`launch`: an engine of a Triton kernel beside one of the kernel that is generated for the same sum. Times are medians on
+the device. Without a GPU only `loop` runs.
 """
 
 from __future__ import annotations

@@ -236,9 +236,7 @@ class _Splitter:
         unsplit: the reductions that are not split yet.
     """
 
-    def __init__(
-        self, body: Graph, name: str, chunks: int, cut: Callable[[BodyBuilder, Value, Dims, int], Chunked]
-    ) -> None:
+    def __init__(self, body: Graph, name: str, chunks: int, cut: Cutter) -> None:
         self.body, self.name, self.chunks, self.cut = body, name, chunks, cut
         self.taken = names_in(body)
         self.pending, self.stored = list(body.nodes), list(body.inputs)

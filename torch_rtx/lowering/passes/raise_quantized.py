@@ -20,6 +20,9 @@ from dataclasses import replace
 from functools import reduce
 from math import ceil, log2, prod
 
+import torch
+
+from torch_rtx import aten
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, Value, dim_expr
@@ -44,7 +47,6 @@ CONVOLUTIONS += ("aten.convolution.default",)
 MIN_TERMS, MAX_TERMS, MIN_COLUMNS = 16, 1 << 15, 8
 FLOAT8_MULTIPLE = 16  # of terms and columns in `_scaled_mm`
 LEAST_ROWS = 16  # of a product with scales for each
-LARGEST = {"f8e4m3fn": 448.0, "f8e5m2": 57344.0, "f16": 65504.0}  # numbers
 
 
 def raise_quantized(graph: Graph, infer: Inference) -> Graph:
@@ -253,8 +255,8 @@ def _half_product(
     The sums have the bits of the result, or more. Those below the normal numbers of f16 are from operands whose
     elements all are tiny beside the largest number of their dtype, which is what one element of a row is scaled to.
     """
-    most = terms * prod(LARGEST[type_of(one.data).dtype] for one in factors)
-    half = max(ceil(log2(most / LARGEST["f16"]) / 2), 0)
+    most = terms * prod(torch.finfo(aten.DTYPES[type_of(one.data).dtype]).max for one in factors)
+    half = max(ceil(log2(most / torch.finfo(torch.float16).max) / 2), 0)
     down = operands.emit("aten.full.default", size=(), fill_value=2.0**-half, dtype="f32", device="main")
     total = operands.emit(SCALED_MM, **given, **dict.fromkeys(SCALES, down), out_dtype="f16", use_fast_accum=True)
     scales = [*factors[0].scales, *factors[1].scales]
