@@ -142,6 +142,8 @@ class Job:
         device: "cpu" or "cuda".
         rounds: how often the peers take turns.
         plugins: modules that register further peers.
+        cores: that the process is bound to; empty: to none.
+        shared: a file for locks of those that use the same GPU; empty: the process has it alone.
     """
 
     suite: str
@@ -150,6 +152,8 @@ class Job:
     device: str
     rounds: int
     plugins: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+    shared: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""
@@ -160,7 +164,8 @@ class Job:
         """What `to_json` wrote."""
         trace = tuple((batch, length) for batch, length in data["workload"]["trace"])
         workload = Workload(**{**data["workload"], "trace": trace})
-        return Job(**{**data, "workload": workload, "peers": tuple(data["peers"]), "plugins": tuple(data["plugins"])})
+        tuples = {name: tuple(data[name]) for name in ("peers", "plugins", "cores")}
+        return Job(**{**data, **tuples, "workload": workload})
 
 
 def key(suite: str, workload: Workload, device: str, peer: str) -> dict[str, Any]:
