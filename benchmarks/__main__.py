@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("--counts", action="store_true", help="fallbacks, calls and copies in engines; needs no GPU")
     swept.add_argument("--per-gpu", type=int, default=1, help="models at a time on a GPU; they take turns at measuring")
     swept.add_argument("--model-limit", type=float, default=math.inf, help="seconds that all peers of a model may take")
+    swept.add_argument("--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed")
     swept.set_defaults(suite=("sweep",))
     _measured(swept, Path("sweep.json"), 400, "cuda")
     show = commands.add_parser("report", help="print tables as Markdown")
@@ -89,7 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         plugins=tuple(options.plugin),
     )
     if options.command == "sweep":
-        plan = replace(plan, per_gpu=options.per_gpu, model_limit_s=options.model_limit)
+        limits = {"settle_s": options.settle, "model_limit_s": options.model_limit}
+        plan = replace(plan, per_gpu=options.per_gpu, **limits)
         return sweep.main(plan, options.counts)
     return runner.main(plan, sys.stderr)
 

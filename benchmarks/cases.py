@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -142,6 +143,7 @@ class Job:
         device: "cpu" or "cuda".
         rounds: how often the peers take turns.
         plugins: modules that register further peers.
+        settle_s: seconds that a peer has to reach its full speed, where a suite has not less.
         cores: that the process is bound to; empty: to none.
         shared: a file for locks of those that use the same GPU; empty: the process has it alone.
     """
@@ -152,6 +154,7 @@ class Job:
     device: str
     rounds: int
     plugins: tuple[str, ...] = ()
+    settle_s: float = math.inf
     cores: tuple[int, ...] = ()
     shared: str = ""
 

@@ -40,6 +40,7 @@ class Plan:
         peers: empty: those that are measured by default.
         rounds: None: as the suite has it.
         device: "auto", "cpu" or "cuda".
+        settle_s: that a peer has to reach its full speed, where the suite has not less.
         limit_s: of one case; model_limit_s: of all cases of a process together; budget_s: of the whole run.
         again: measure "failed" cases or "all" again; otherwise whatever has a row in `out` is skipped.
         gpus: as CUDA_VISIBLE_DEVICES names them; each works on a case of its own. Empty: one case at a time.
@@ -54,6 +55,7 @@ class Plan:
     size: Size = "full"
     device: str = "auto"
     rounds: int | None = None
+    settle_s: float = math.inf
     limit_s: float = 150
     model_limit_s: float = math.inf
     budget_s: float = float("inf")
@@ -345,7 +347,7 @@ class Runner:
         for workload in workloads(self.plan.names, self.plan.size, self.device, suite.workloads):
             workload = replace(workload, dtype=suite.dtype or workload.dtype)
             wanted = self._peers(suite)
-            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins)
+            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins, self.plan.settle_s)
             left = [peer for peer in wanted if not self._is_done(job, peer)]
             possible = []
             for peer in wanted:

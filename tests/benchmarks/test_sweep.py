@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import threading
@@ -334,13 +335,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(runner, "main", run)
     monkeypatch.setattr(sweep, "visible_gpus", lambda: ("0", "1"))
     out = tmp_path / "sweep.json"
-    command = ["sweep", "--models", "own.unet", "--budget", "60", "--per-gpu", "2", "--model-limit", "90"]
+    command = ["sweep", "--models", "own.unet", "--budget", "60", "--per-gpu", "2", "--settle", "40"]
     assert main([*command, "--out", str(out)]) == 0
     assert "below 1.0x: own.unet 0.50x" in capsys.readouterr().out
     assert main(["sweep", "--counts", "--out", str(out)]) == 0
     measured, counted = plans
     assert (measured.suites, measured.names, measured.budget_s) == (("sweep",), ("own.unet",), 60)
     assert (measured.device, measured.gpus, measured.per_gpu) == ("cuda", ("0", "1"), 2)
-    assert measured.model_limit_s == 90
+    assert (measured.settle_s, measured.model_limit_s) == (40, math.inf)
     assert (counted.suites, counted.size, counted.gpus) == (("counts",), "small", ())
     assert json.loads(out.read_text())["schema"] == results.SCHEMA
