@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -39,12 +40,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; what has a row in --out already is skipped")
     run.add_argument("--suite", type=_names, default=("latency",), help="comma-separated, see `list`")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    _measured(run, Path("results.json"), 150)
+    _measured(run, Path("results.json"), 150, "auto")
     swept = commands.add_parser("sweep", help="measure models from outside, and print a summary; resumes like `run`")
     swept.add_argument("--counts", action="store_true", help="fallbacks, calls and copies in engines; needs no GPU")
-    swept.set_defaults(suite=("sweep",), device="cuda")
-    _measured(swept, Path("sweep.json"), 400)
+    swept.add_argument("--per-gpu", type=int, default=1, help="models at a time on a GPU; they take turns at measuring")
+    swept.add_argument("--model-limit", type=float, default=math.inf, help="seconds that all peers of a model may take")
+    swept.add_argument("--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed")
+    swept.set_defaults(suite=("sweep",))
+    _measured(swept, Path("sweep.json"), 400, "cuda")
     show = commands.add_parser("report", help="print tables as Markdown")
     show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
     show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
@@ -54,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _measured(command: argparse.ArgumentParser, out: Path, limit_s: float) -> None:
+def _measured(command: argparse.ArgumentParser, out: Path, limit_s: float, device: str) -> None:
     """The options of commands that measure."""
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default=device)
     command.add_argument(
         "--models", type=_names, default=(), help="models or single shapes of them, see `list`; default: the suite's"
     )
@@ -86,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         plugins=tuple(options.plugin),
     )
     if options.command == "sweep":
+        limits = {"settle_s": options.settle, "model_limit_s": options.model_limit}
+        plan = replace(plan, per_gpu=options.per_gpu, **limits)
         return sweep.main(plan, options.counts)
     return runner.main(plan, sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -142,6 +143,9 @@ class Job:
         device: "cpu" or "cuda".
         rounds: how often the peers take turns.
         plugins: modules that register further peers.
+        settle_s: seconds that a peer has to reach its full speed, where a suite has not less.
+        cores: that the process is bound to; empty: to none.
+        shared: a file for locks of those that use the same GPU; empty: the process has it alone.
     """
 
     suite: str
@@ -150,6 +154,9 @@ class Job:
     device: str
     rounds: int
     plugins: tuple[str, ...] = ()
+    settle_s: float = math.inf
+    cores: tuple[int, ...] = ()
+    shared: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""
@@ -160,7 +167,8 @@ class Job:
         """What `to_json` wrote."""
         trace = tuple((batch, length) for batch, length in data["workload"]["trace"])
         workload = Workload(**{**data["workload"], "trace": trace})
-        return Job(**{**data, "workload": workload, "peers": tuple(data["peers"]), "plugins": tuple(data["plugins"])})
+        tuples = {name: tuple(data[name]) for name in ("peers", "plugins", "cores")}
+        return Job(**{**data, **tuples, "workload": workload})
 
 
 def key(suite: str, workload: Workload, device: str, peer: str) -> dict[str, Any]:

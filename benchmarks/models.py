@@ -122,11 +122,18 @@ def build(
         seed: another seed gives the same architecture with other weights.
     """
     args, kwargs = inputs(name, size, batch=batch, length=length, dtype=dtype, device=device, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _module(name, size, batch)
-        _randomize(model)
-    return _to(model, dtype, device), args, kwargs
+
+    def made(where: str | torch.device) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), torch.device(where):
+            torch.manual_seed(seed)
+            model = _module(name, size, batch)
+            _randomize(model)
+        return _to(model, dtype, device)
+
+    try:
+        return made(device), args, kwargs
+    except (RuntimeError, TypeError, ValueError):  # its code reads numbers of its tensors, which are on the CPU then
+        return made("cpu"), args, kwargs
 
 
 def without_weights(

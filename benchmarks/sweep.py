@@ -34,7 +34,8 @@ def main(plan: runner.Plan, counts: bool) -> int:
         # For a GPU that need not be there; few layers have the same kinds of graphs as many.
         plan = replace(plan, suites=("counts",), device="cuda", size="small", gpus=())
     else:
-        plan = replace(plan, suites=("sweep",), gpus=visible_gpus())
+        preload = ("benchmarks.preload",) if hasattr(os, "fork") else ()
+        plan = replace(plan, suites=("sweep",), gpus=visible_gpus(), preload=preload)
     status = runner.main(plan, sys.stderr)
     (suite,) = plan.suites
     for section in report.sections(results.load(plan.out) if plan.out.exists() else results.Results()):

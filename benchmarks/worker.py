@@ -3,13 +3,15 @@
     python -m benchmarks.worker JOB.json EVENTS.jsonl
 
 Events, each with its `time`, are `{"event": "begin", "peer", "stage"}`, by which the parent knows whom to blame for a
-hang or a crash, and `{"event": "row", "peer", "status", "reason", "metrics"}`. The job `{"environment": device}` is
-answered with one event, `{"event": "environment", "record"}`.
+hang or a crash, and `{"event": "row", "peer", "status", "reason", "metrics"}`. A worker that shares its GPU asks for it
+by `{"event": "alone"}`, waits for the file EVENTS.jsonl.alone, and says `{"event": "together"}` afterwards. The job
+`{"environment": device}` is answered with one event, `{"event": "environment", "record"}`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -23,6 +25,8 @@ from benchmarks import environment
 from benchmarks.cases import Job
 
 MAX_REASON = 400
+POLL_S = 0.02
+DRAIN_S = 0.3  # until a GPU has done what the others had queued
 DAMAGED = 3  # exit status: the device can't be used any more in this process
 
 
@@ -32,10 +36,13 @@ class Reporter:
     Args:
         write: takes each event.
         device: "cpu" or "cuda".
+        granted: a file that is there as soon as the worker has its GPU alone; None: it always has.
     """
 
-    def __init__(self, write: Callable[[dict[str, Any]], None], peers: Sequence[str], device: str) -> None:
-        self._write, self._device = write, device
+    def __init__(
+        self, write: Callable[[dict[str, Any]], None], peers: Sequence[str], device: str, granted: Path | None = None
+    ) -> None:
+        self._write, self._device, self._granted = write, device, granted
         self.left = list(peers)  # without a row yet
         self.current: str | None = None
 
@@ -69,6 +76,22 @@ class Reporter:
             self.failed(peer, error)
             self._check_device()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other worker of the run uses the GPU within."""
+        if self._granted is None:
+            yield
+            return
+        self._write({"event": "alone"})
+        while not self._granted.exists():
+            time.sleep(POLL_S)
+        time.sleep(DRAIN_S)
+        try:
+            yield
+        finally:
+            self._granted.unlink()
+            self._write({"event": "together"})
+
     def _check_device(self) -> None:
         """End the process where an error has left the device unusable: the other peers get another one."""
         if self._device != "cuda":
@@ -81,19 +104,40 @@ class Reporter:
             sys.exit(DAMAGED)
 
 
-def perform(job: Job, write: Callable[[dict[str, Any]], None]) -> None:
-    """Do a job. An error outside any attempt is a failed row of the peer at work, or of all that are left."""
+def perform(job: Job, write: Callable[[dict[str, Any]], None], granted: Path | None = None) -> None:
+    """Do a job. An error outside any attempt is a failed row of the peer at work, or of all that are left.
+
+    Args:
+        granted: see `Reporter`.
+    """
     from benchmarks.suites import SUITES
 
     for plugin in job.plugins:
         import_module(plugin)
-    out = Reporter(write, job.peers, job.device)
+    out = Reporter(write, job.peers, job.device, granted if job.shared else None)
+    _take_share(job)
     try:
         SUITES[job.suite].measure(job, out)
     except Exception as error:
         traceback.print_exc()
         for peer in [out.current] if out.current in out.left else list(out.left):
             out.failed(peer, error)
+
+
+def _take_share(job: Job) -> None:
+    """Use no more of the machine than the job says, where several of them run."""
+    if job.cores or job.shared:
+        import torch
+        from torch._inductor import config as inductor
+
+        from benchmarks import timing
+
+        if job.cores:
+            os.sched_setaffinity(0, job.cores)
+            torch.set_num_threads(len(job.cores))
+            inductor.compile_threads = len(job.cores)
+        if job.shared:
+            timing.tune_one_at_a_time(Path(job.shared))
 
 
 def describe(asked: str) -> dict[str, Any]:
@@ -121,7 +165,7 @@ def main(job_path: str, events_path: str) -> None:
         if "environment" in data:
             write({"event": "environment", "record": describe(data["environment"])})
         else:
-            perform(Job.from_json(data), write)
+            perform(Job.from_json(data), write, Path(f"{events_path}.alone"))
 
 
 if __name__ == "__main__":

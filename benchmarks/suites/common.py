@@ -22,7 +22,7 @@ from torch_rtx.runtime.call_times import SETS
 if TYPE_CHECKING:
     from benchmarks.worker import Reporter
 
-SETTLE_S = 120  # seconds that a peer has to reach its full speed
+SETTLE_S = 120.0  # seconds that a peer has to reach its full speed
 CHECKED = 2  # sets whose results are compared
 # A compiled module runs other code in its first calls than later: each set is checked in several of them.
 CHECKS = 3
@@ -157,17 +157,17 @@ def prepare(
             with around(name):
                 call = PEERS[name].prepare(setup.subject)
                 setup.check(call)
-                settle(name)
+                settle(name, min(SETTLE_S, job.settle_s))
             setup.check(call)  # and makes CUDA graphs of what it runs now
             found[name] = call
     return found
 
 
-def settle(peer: str) -> None:
+def settle(peer: str, seconds: float = SETTLE_S) -> None:
     """Wait until calls of a peer get no faster by themselves.
 
     Raises:
         TimeoutError: that takes too long.
     """
-    if not PEERS[peer].settled(SETTLE_S):
-        raise TimeoutError(f"still not at its full speed after {SETTLE_S} s")
+    if not PEERS[peer].settled(seconds):
+        raise TimeoutError(f"still not at its full speed after {seconds:g} s")

@@ -34,7 +34,8 @@ def take_turns(
         more: further metrics of a peer.
     """
     calls = {name: setup.rotating(call) for name, call in prepared.items()}
-    times = timing.interleaved(calls, job.device, job.rounds, lambda name: out.begin(name, "measure"))
+    with out.alone():
+        times = timing.interleaved(calls, job.device, job.rounds, lambda name: out.begin(name, "measure"))
     clock = "device_ms" if job.device == "cuda" else "wall_ms"
     ratios = common.compare({name: found[clock] for name, found in times.items()})
     for name, call in prepared.items():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._inductor.async_compile import maybe_warm_pool
 
 from benchmarks import timing
 from benchmarks.cases import Job
@@ -21,6 +22,8 @@ def measure(job: Job, out: Reporter) -> None:
     """What `latency` measures of a peer, `settle_s`, `prepare_peak_bytes` beside the model's `weight_bytes`, and what
     an engine consists of, see `counts`."""
     out.begin(None, "model")
+    if job.device == "cuda" and not {"inductor", "reduce-overhead", "max-autotune"}.isdisjoint(job.peers):
+        maybe_warm_pool()  # Inductor's processes import PyTorch while the model is built
     with common.set_up(job) as setup:
         model = setup.subject.model
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

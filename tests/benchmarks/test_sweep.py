@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +18,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cases, models, plots, report, results, runner, sweep, worker
+from benchmarks import cases, forked, models, plots, report, results, runner, sweep, worker
 from benchmarks.cases import Job, Workload
-from benchmarks.runner import Plan, Progress, Runner, Stopped
+from benchmarks.runner import Plan, Progress, Runner, Seat, Stopped
 from benchmarks.suites import SUITES, counts
 from benchmarks.sweep_table import ENTRIES, SWEEP
+from benchmarks.turns import Turns
 from torch_rtx.irparse import parse
 
 NERF = Workload("own.nerf", size="small")
@@ -132,29 +137,119 @@ JOBS = [Job("sweep", Workload(entry.name), ("eager",), "cuda", 2) for entry in S
 def test_a_model_per_gpu(made: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     both, done = threading.Barrier(2), []
 
-    def do(job: Job, gpu: str) -> None:
-        if gpu not in {gpu for _, gpu in done}:
+    def do(job: Job, seat: Seat) -> None:
+        if seat not in {seat for _, seat in done}:
             both.wait(60)  # each GPU has a case at the same time
-        done.append((job.workload.model, gpu))
+        done.append((job.workload.model, seat))
 
     monkeypatch.setattr(made, "_do", do)
-    made._do_all(JOBS)
+    made._do_all(JOBS, made._seats())
     assert sorted(model for model, _ in done) == sorted(ENTRIES)
-    assert {gpu for _, gpu in done} == {"0", "3"}
+    assert {seat.gpu for _, seat in done} == {"0", "3"}
+
+
+def test_seats(made: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several workers on a GPU take turns, and none has the core of another one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(2, 11)))
+    made.plan = replace(made.plan, per_gpu=2)
+    seats = made._seats()
+    assert [(seat.gpu, seat.cores) for seat in seats] == [("0", (2, 3)), ("3", (4, 5)), ("0", (6, 7)), ("3", (8, 9))]
+    assert seats[0].turns is seats[2].turns is not seats[1].turns is seats[3].turns is not None
+
+
+class Listed:
+    """A worker that lists the signals it gets."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+def test_one_of_a_gpu_measures_alone() -> None:
+    turns, first, second, third = Turns(), Listed(), Listed(), Listed()
+    turns.join(first)
+    turns.join(second)
+    assert turns.ask(first)
+    assert not turns.ask(second)
+    assert [turns.is_stopped(one) for one in (first, second)] == [False, True]
+    turns.join(third)  # starts meanwhile
+    turns.release(second)  # says nothing: it had nothing
+    turns.leave(first)  # dies within its turn
+    assert (first.signals, second.signals, third.signals) == ([], [SIGSTOP, SIGCONT], [SIGSTOP, SIGCONT])
+    assert turns.ask(second)
+    assert third.signals == [SIGSTOP, SIGCONT, SIGSTOP]
+    turns.leave(third)
+    turns.release(second)
+    assert third.signals == [SIGSTOP, SIGCONT, SIGSTOP]
+
+
+def test_a_worker_that_shares_its_gpu_waits_for_its_turn(tmp_path: Path) -> None:
+    granted, said = tmp_path / "alone", []
+
+    def write(event: dict[str, Any]) -> None:
+        said.append(event["event"])
+        if event["event"] == "alone":
+            granted.touch()
+
+    with worker.Reporter(write, ("eager",), "cpu", granted).alone():
+        assert said == ["alone"]
+    assert said == ["alone", "together"]
+    assert not granted.exists()
+
+
+def test_time_that_a_worker_waits_does_not_count() -> None:
+    watch = runner.Watch(5.0)
+    start = watch._since
+    watch.see({"event": "begin", "peer": "eager", "stage": "prepare", "time": start + 2})
+    watch.wait(idle=True)
+    watch._since = start + 100
+    watch.see({"event": "row", "peer": "eager", "time": start + 102})
+    assert watch.spent == {None: 2, "eager": 2}
+    assert watch.over(1.5) == "stopped after 1.5 s, during prepare"
+    assert watch.over(3) is None
+    watch.begin()
+    watch._since = start + 103
+    watch.see({"event": "begin", "peer": "eager", "stage": "prepare", "time": start + 105})
+    assert watch.over(10) == "stopped after 5 s of all peers together, during prepare"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_worker(tmp_path: Path) -> None:
+    """It reads its job, and prints to its own log."""
+    made = runner.Worker({"no": "job"}, tmp_path, server=forked.Server("json"))
+    try:
+        assert made.process.wait(60) == made.process.poll() == 1
+        assert made.last_words() == "KeyError: 'workload'"
+    finally:
+        made.kill()
+
+
+def test_a_model_has_a_limit(made: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a model when its time is up has failed."""
+    runs = SimpleNamespace(poll=lambda: None, returncode=None)
+    slow: Any = SimpleNamespace(process=runs, events=list, last_words=str)
+    kept: list[tuple[str, str]] = []
+    monkeypatch.setattr(made, "_keep", lambda job, peer, status, reason, *_: kept.append((peer, reason)))
+    peers, watch = ["eager", "rtx"], runner.Watch(0.0)
+    made._follow(slow, Job("sweep", NERF, ("eager", "rtx"), "cuda", 2), peers, Turns(), watch)
+    why = "stopped after 0 s of all peers together, during start"
+    assert (peers, kept) == ([], [("eager", why), ("rtx", why)])
 
 
 def test_the_budget_ends_all(made: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
 
-    def do(job: Job, gpu: str) -> None:
-        if gpu == "0":
+    def do(job: Job, seat: Seat) -> None:
+        if seat.gpu == "0":
             raise Stopped("the budget is spent")
         while made.deadline > 0:
             assert not ended.wait(0.01)
 
     monkeypatch.setattr(made, "_do", do)
     with pytest.raises(Stopped):
-        made._do_all(JOBS[:2])
+        made._do_all(JOBS[:2], made._seats())
 
 
 def test_a_worker_sees_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +271,7 @@ def test_a_crash_at_one_model_says_nothing_of_the_next(made: Runner, monkeypatch
     dead: Any = SimpleNamespace(process=ended, events=lambda: begun, last_words=lambda: "Segmentation fault")
     monkeypatch.setattr(made, "_keep", lambda *_: None)
     for suite, kept in (("sweep", {}), ("latency", {"eager": "own.nerf-b2"})):
-        made._follow(dead, Job(suite, NERF, ("eager",), "cuda", 2), ["eager"])
+        made._follow(dead, Job(suite, NERF, ("eager",), "cuda", 2), ["eager"], Turns(), runner.Watch(60))
         assert made.ended == kept
 
 
@@ -240,11 +335,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(runner, "main", run)
     monkeypatch.setattr(sweep, "visible_gpus", lambda: ("0", "1"))
     out = tmp_path / "sweep.json"
-    assert main(["sweep", "--models", "own.unet", "--budget", "60", "--out", str(out)]) == 0
+    command = ["sweep", "--models", "own.unet", "--budget", "60", "--per-gpu", "2", "--settle", "40"]
+    assert main([*command, "--out", str(out)]) == 0
     assert "below 1.0x: own.unet 0.50x" in capsys.readouterr().out
     assert main(["sweep", "--counts", "--out", str(out)]) == 0
     measured, counted = plans
     assert (measured.suites, measured.names, measured.budget_s) == (("sweep",), ("own.unet",), 60)
-    assert (measured.device, measured.gpus) == ("cuda", ("0", "1"))
+    assert (measured.device, measured.gpus, measured.per_gpu) == ("cuda", ("0", "1"), 2)
+    assert (measured.settle_s, measured.model_limit_s) == (40, math.inf)
     assert (counted.suites, counted.size, counted.gpus) == (("counts",), "small", ())
     assert json.loads(out.read_text())["schema"] == results.SCHEMA
