@@ -16,8 +16,8 @@ MOVED = {dtype: apply("cast", SUM + B, dtype=dtype) for dtype in IN_BYTE}
 
 
 def nearest(tensor: Tensor, dtype: str) -> Tensor | None:
-    """`tensor` in `dtype`, if it is rounded, has an integer added or not, and is limited to integers of `dtype`; else None.
-    NaN, which is no integer, becomes some integer."""
+    """`tensor` in `dtype`; None if it is not a rounded number, plus an integer or not, that is limited to integers of
+    `dtype`. NaN, which is no integer, becomes some integer."""
     if dtype not in IN_BYTE or register(tensor.dtype) != "f32":
         return None
     limits: dict[str, int] = {}
