@@ -43,6 +43,7 @@ class Plan:
         limit_s: of one case; budget_s: of the whole run.
         again: measure "failed" cases or "all" again; otherwise whatever has a row in `out` is skipped.
         gpus: as CUDA_VISIBLE_DEVICES names them; each works on a case of its own. Empty: one case at a time.
+        warm: see `Job`.
     """
 
     suites: tuple[str, ...]
@@ -57,6 +58,7 @@ class Plan:
     again: Literal["", "failed", "all"] = ""
     plugins: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
+    warm: bool = True
 
 
 class Stopped(Exception):
@@ -211,7 +213,7 @@ class Runner:
         for workload in workloads(self.plan.names, self.plan.size, self.device, suite.workloads):
             workload = replace(workload, dtype=suite.dtype or workload.dtype)
             wanted = self._peers(suite)
-            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins)
+            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins, self.plan.warm)
             left = [peer for peer in wanted if not self._is_done(job, peer)]
             possible = []
             for peer in wanted:
@@ -282,6 +284,7 @@ class Runner:
         """Keep the rows of a worker as they come, and give one to whoever is to blame for its end; takes their peers
         off the list, at least one."""
         spent: Counter[str | None] = Counter()
+        partial: dict[str | None, dict[str, Any]] = {}
         current, stage, since, asked = None, "start", time.time(), len(peers)
         while True:
             running = worker.process.poll() is None
@@ -291,6 +294,8 @@ class Runner:
                 if event["event"] == "begin":
                     current, stage = event["peer"], event["stage"]
                     self.progress.stage(f"{job.suite} {job.workload.name} {current or ''} {stage}")
+                elif event["event"] == "partial":
+                    partial[event["peer"]] = event["metrics"]
                 else:
                     peer = event["peer"]
                     peers.remove(peer)
@@ -309,10 +314,13 @@ class Runner:
                 # One whose row has come may have spoilt the process for the others: they get another one.
                 others = [] if len(peers) < asked else list(peers)
                 for peer in [current] if current in peers else others:
-                    self._keep(job, peer, "failed", reason, {}, spent[current])
+                    self._keep(job, peer, "failed", reason, partial.get(peer, {}), spent[current])
                     peers.remove(peer)
                 return
             if time.monotonic() > self.deadline:
+                if partial.get(current):
+                    why = f"the budget was spent during {stage} (--again failed tries)"
+                    self._keep(job, current, "failed", why, partial[current], spent[current])
                 raise Stopped("the budget is spent")
             time.sleep(POLL_S)
 
