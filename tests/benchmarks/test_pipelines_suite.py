@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import time
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks import pipelines, report, results, runner
 from benchmarks.cases import Job, Workload, key
 from benchmarks.suites import SUITES
 from benchmarks.text_pipelines import TINY, same_text
+from benchmarks.turns import Turns
 from tests.benchmarks.test_benchmarks import perform
 
 suite = import_module("benchmarks.suites.pipelines")
@@ -62,11 +64,11 @@ def test_a_row_of_a_worker_that_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
         process: Any = type("Process", (), {"poll": lambda self: None})()
 
         def events(self) -> Any:
-            yield {"event": "begin", "peer": "eager", "stage": "cold: results", "time": 0.0}
-            yield {"event": "partial", "peer": "eager", "metrics": {"settle_s": 1.0}, "time": 1.0}
+            yield {"event": "begin", "peer": "eager", "stage": "cold: results", "time": time.time()}
+            yield {"event": "partial", "peer": "eager", "metrics": {"settle_s": 1.0}, "time": time.time()}
 
     peers = ["eager"]
-    run._follow(Worker(), job, peers)
+    run._follow(Worker(), job, peers, Turns(), runner.Watch(math.inf))
     (row,) = results.load(plan.out).rows.values()
     assert (row["reason"], row["metrics"], peers) == ("stopped after 0 s, during cold: results", {"settle_s": 1.0}, [])
 
