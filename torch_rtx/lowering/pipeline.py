@@ -169,6 +169,7 @@ PIPELINE = (
     Pass(raise_quantized, needs=("targets",)),
     Pass(simplify_masks),
     Pass(read_in_place, needs=("targets",)),
+    Pass(cse),  # what was raised alike in each layer, such as a mask with a bias
     Pass(fold_padding),
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),

@@ -38,18 +38,7 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
     # The caller gets memory of its own, and so does a sum that a kernel adds to: each call makes it.
     begun = {value.name for node in graph.nodes if scatters(node) for value in attr_values(node.arg("self"))}
     given = with_bases(graph, returned(graph) | begun)
-    made: dict[str, Node] = {}  # by output: nodes that can move into a recipe
-    origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on
-    sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}
-    rest: list[Node] = []
-    for node in graph.nodes:
-        needed = frozenset[str]().union(*(origins.get(value.name, ()) for value in node.inputs))
-        hoistable = _hoistable(node, source, made, sum(map(sizes.__getitem__, needed)))
-        if hoistable:
-            origins |= {value.name: needed for value in node.results}
-            made |= {value.name: node for value in node.results}
-        if not hoistable or any(value.name in given for value in node.results):
-            rest.append(node)
+    made, rest = _divided(graph, source, given)
     prologues = list(_prologues(rest, made, source)) if targets else []
     left = {id(node) for node in (*rest, *prologues)}
     rest = [node for node in graph.nodes if id(node) in left]
@@ -59,6 +48,35 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
         value = next(v for v in made[name].outputs if v is not None and v.name == name)
         weights.append(as_weight(value, made, source))
     return replace(graph, weights=tuple(weights), nodes=tuple(rest))
+
+
+def _divided(graph: Graph, source: dict[str, Weight], given: set[str]) -> tuple[dict[str, Node], list[Node]]:
+    """By output, the nodes that can move into a recipe, and all that have to stay, or whose results are in `given`.
+
+    What no weight is needed for, such as a mask and a bias of each layer, takes GROWTH_BYTES in all.
+    """
+    made: dict[str, Node] = {}
+    origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on
+    sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}
+    rest: list[Node] = []
+    free = 0
+    for node in graph.nodes:
+        needed = frozenset[str]().union(*(origins.get(value.name, ()) for value in node.inputs))
+        hoistable = _hoistable(node, source, made, sum(map(sizes.__getitem__, needed)))
+        if hoistable and not needed and not aten.is_view(aten.overload(node.op)):
+            grown = sum(_bytes(value.type) for value in node.results) - _read_bytes(node)
+            free += max(grown, 0)
+            hoistable = free <= GROWTH_BYTES or grown <= 0
+        if hoistable:
+            origins |= {value.name: needed for value in node.results}
+            made |= {value.name: node for value in node.results}
+        if not hoistable or any(value.name in given for value in node.results):
+            rest.append(node)
+    return made, rest
+
+
+def _read_bytes(node: Node) -> int:
+    return sum(_bytes(value.type) for value in node.inputs)
 
 
 def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
