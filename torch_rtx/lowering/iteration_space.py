@@ -73,7 +73,10 @@ def _cuts_rows(node: Node) -> bool:
     """`node` copies a tensor whose rows are aligned in memory, in the order of memory, to where no gaps are."""
     if node.op != "aten.clone.default" or node.kind != "op" or node.outputs[0] is None:
         return False
-    before, after = tensor_type(node.inputs[0]), tensor_type(node.outputs[0])
+    try:
+        before, after = tensor_type(node.inputs[0]), tensor_type(node.outputs[0])
+    except Unsupported:  # on the CPU
+        return False
     kept = [stride for size, stride in zip(before.shape, before.strides, strict=True) if size != 1]
     strides = [stride for stride in kept if isinstance(stride, int) and stride]
     if strides != kept or strides != sorted(strides, reverse=True) or strides[-1:] != [1]:
