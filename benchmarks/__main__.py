@@ -5,6 +5,7 @@
     python -m benchmarks report --docs docs       the pages of the documentation, from the results that are checked in
     python -m benchmarks sweep --out sweep.json       models from outside, one per GPU at a time, and their summary
     python -m benchmarks sweep --counts --out counts.json       what engines of them consist of; needs no GPU
+    python -m benchmarks pipelines --models llama_1b --out pipelines.json       texts and images, as people make them
     python -m benchmarks list
 
 Needs nothing but Python's own library until a worker starts, and matplotlib for plots alone.
@@ -48,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed")
     swept.set_defaults(suite=("sweep",))
     _measured(swept, Path("sweep.json"), 400, "cuda")
+    piped = commands.add_parser("pipelines", help="measure texts and images, and print them side by side; resumes")
+    piped.add_argument("--cold", action="store_true", help="without a second process, which finds full caches")
+    piped.set_defaults(suite=("pipelines",))
+    _measured(piped, Path("pipelines.json"), 120, "auto")
     show = commands.add_parser("report", help="print tables as Markdown")
     show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
     show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
@@ -88,12 +93,19 @@ def _run(options: argparse.Namespace) -> int:
         budget_s=options.budget,
         again=options.again,
         plugins=tuple(options.plugin),
+        warm=not getattr(options, "cold", False),
     )
     if options.command == "sweep":
         limits = {"settle_s": options.settle, "model_limit_s": options.model_limit}
         plan = replace(plan, per_gpu=options.per_gpu, **limits)
         return sweep.main(plan, options.counts)
-    return runner.main(plan, sys.stderr)
+    status = runner.main(plan, sys.stderr)
+    if options.command == "pipelines":
+        found = results.load(plan.out) if plan.out.exists() else results.Results()
+        for section in report.sections(found):
+            if section.suite.name == "pipelines":
+                print(report.pipelines_summary(section))
+    return status
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -136,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for a command, a file or a machine that nothing can be done with."""
     options = parser().parse_args(arguments)
     try:
-        if options.command in ("run", "sweep"):
+        if options.command in ("run", "sweep", "pipelines"):
             return _run(options)
         return _report(options) if options.command == "report" else _list()
     except (UsageError, results.ResultsError, runner.NoEnvironment) as error:

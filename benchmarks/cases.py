@@ -13,6 +13,8 @@ Size = Literal["small", "full"]
 
 # Published in bfloat16, or overflow in float16; all others run in float16 on a GPU.
 BF16 = frozenset({"llama", "qwen3", "t5", "llama_prefill", "llama_decode", "flux_dit"})
+# The pipelines of the suite of that name, see `pipelines`; all run in bfloat16.
+PIPELINES = ("llama_1b", "sdxl_lora", "whisper_small", "sdxl", "flux", "llama_8b")
 # Convolutions in half precision are fastest in this layout, for PyTorch's libraries and compilers alike.
 CHANNELS_LAST = frozenset({"resnet50", "mobilenet_v2", "mobilenet_v3", "convnext_t", "sd15_unet"})
 
@@ -54,7 +56,7 @@ def half(model: str) -> str:
     """The half precision that a model runs in, as torch names the dtype."""
     if model in ENTRIES:
         return ENTRIES[model].dtype
-    return "bfloat16" if model in BF16 else "float16"
+    return "bfloat16" if model in BF16 or model in PIPELINES else "float16"
 
 
 def _batches(*batches: int, length: int | None = None) -> tuple[tuple[int, int | None], ...]:
@@ -146,6 +148,7 @@ class Job:
         settle_s: seconds that a peer has to reach its full speed, where a suite has not less.
         cores: that the process is bound to; empty: to none.
         shared: a file for locks of those that use the same GPU; empty: the process has it alone.
+        warm: where a suite begins with empty caches, measure a second process as well, which finds full ones.
     """
 
     suite: str
@@ -157,6 +160,7 @@ class Job:
     settle_s: float = math.inf
     cores: tuple[int, ...] = ()
     shared: str = ""
+    warm: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""

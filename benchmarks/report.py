@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS
+from benchmarks import pipelines
+from benchmarks.cases import FURTHER_WORKLOADS, PIPELINES, TRAINED, WORKLOADS
 from benchmarks.peers import PEERS
 from benchmarks.quantized import QUANTIZED, beside
 from benchmarks.results import Results, Row, headline, metric
@@ -134,6 +135,12 @@ def _of_floor(row: Row, environment: dict[str, Any]) -> str:
     return number(found["median"] / floor) if floor and found else ""
 
 
+def _settled(row: Row, environment: dict[str, Any]) -> str:
+    """Seconds until nothing was left to do in the background, or as many that did not suffice."""
+    seconds = metric(row, "settle_s")
+    return "" if seconds is None else f"{'' if metric(row, 'settled') else 'more than '}{number(seconds)}"
+
+
 def _ops(name: str) -> Cell:
     """Operators of an engine by number."""
 
@@ -249,6 +256,22 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("distance", _of("distance")),
         ("prepared in s", _of("prepare_s")),
     ],
+    "pipelines": [
+        ("result s", _of("result_s")),
+        ("times best", _of("times_best")),
+        ("cold: first result s", _of("cold.first_s")),
+        ("of best", _of("cold_of_best")),
+        ("warm: first result s", _of("warm.first_s")),
+        ("of best", _of("warm_of_best")),
+        ("next s", _of("warm.next_s")),
+        ("settled after s", _settled),
+        ("tokens per s", _of("tokens_per_s")),
+        ("of its steps", _of("of_bare")),
+        ("sampled", _of("sampled_tokens_per_s")),
+        ("LoRA swap s", _of("lora.swap_s")),
+        ("in memory s", _of("lora.set_s")),
+        ("results after it", _of("lora.later")),
+    ],
     "counts": [*_CONTENTS, ("s", _of("lower_s"))],
     "backend": [("s", _of("backend_s")), _RATIO],
     "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
@@ -275,7 +298,7 @@ class Section:
 def sections(results: Results) -> list[Section]:
     """Suites in their order, then devices and sizes; in each, models and peers in theirs."""
     own = [peer for suite in SUITES.values() for peer in suite.peers if peer not in PEERS]
-    models = [w.model for w in (*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS, *QUANTIZED)]
+    models = [w.model for w in (*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS, *QUANTIZED)] + [*PIPELINES]
     orders = {"suite": list(SUITES), "model": models, "peer": [*own, *PEERS]}
 
     def index(row: Row, name: str) -> tuple[int, str]:
@@ -443,8 +466,9 @@ def columns(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     """The table of a section: a line for every row."""
     shown = COLUMNS[section.suite.name]
     rows = section.ok
-    if section.suite.name == "quantized":
-        rows = [row for _, group in groupby(rows, key=shape) for row in beside(list(group))]
+    side_by_side = {"quantized": beside, "pipelines": pipelines.beside}.get(section.suite.name)
+    if side_by_side:
+        rows = [row for _, group in groupby(rows, key=shape) for row in side_by_side(list(group))]
     lines = [
         [shape(row), row["peer"], *(cell(row, environments.get(row["environment"], {})) for _, cell in shown)]
         for row in rows
@@ -476,6 +500,17 @@ def sweep_summary(section: Section) -> str:
                 lines.append(f"{peer}: {len(having)} of {len(looked)} models have {title} left")
                 lines += [f"  - {model}: {found}" for model, found in having]
     return "".join(f"{line}\n" if line.startswith(" ") else f"- {line}\n" for line in lines)
+
+
+def pipelines_summary(section: Section) -> str:
+    """The peers of each workload side by side; of those that were stopped or failed, what they had until then."""
+    text, shown = "", COLUMNS["pipelines"]
+    for name, group in groupby((row for row in section.rows if row["metrics"]), key=shape):
+        rows = pipelines.beside(list(group))
+        lines = [[row["peer"], row["reason"] or "", *(cell(row, {}) for _, cell in shown)] for row in rows]
+        what = pipelines.RESULTS[rows[0]["model"]] if section.size == "full" else "a tiny model"
+        text += f"\n{name}: {what}\n\n" + table(["peer", "failed", *(title for title, _ in shown)], lines)
+    return f"{section.device}\n{text}"
 
 
 def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> str:

@@ -46,6 +46,7 @@ class Plan:
         gpus: as CUDA_VISIBLE_DEVICES names them; each works on a case of its own. Empty: one case at a time.
         per_gpu: so many cases at a time on each of them; while one of these measures, the others are stopped.
         preload: modules that workers begin with, see `forked`; empty: each worker is a new process.
+        warm: see `Job`.
     """
 
     suites: tuple[str, ...]
@@ -64,6 +65,7 @@ class Plan:
     gpus: tuple[str, ...] = ()
     per_gpu: int = 1
     preload: tuple[str, ...] = ()
+    warm: bool = True
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,10 @@ class Runner:
         for workload in workloads(self.plan.names, self.plan.size, self.device, suite.workloads):
             workload = replace(workload, dtype=suite.dtype or workload.dtype)
             wanted = self._peers(suite)
-            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins, self.plan.settle_s)
+            plan = self.plan
+            job = Job(
+                suite.name, workload, tuple(wanted), self.device, rounds, plan.plugins, plan.settle_s, warm=plan.warm
+            )
             left = [peer for peer in wanted if not self._is_done(job, peer)]
             possible = []
             for peer in wanted:
@@ -425,6 +430,7 @@ class Runner:
         off the list, at least one."""
         watch.begin()
         asked, asks = len(peers), False
+        partial: dict[str, dict[str, Any]] = {}
         while True:
             running = worker.process.poll() is None
             for event in worker.events():
@@ -435,6 +441,8 @@ class Runner:
                     asks = True
                 elif event["event"] == "together":
                     turns.release(worker)
+                elif event["event"] == "partial":
+                    partial[event["peer"]] = event["metrics"]
                 else:
                     peer = event["peer"]
                     peers.remove(peer)
@@ -456,10 +464,13 @@ class Runner:
                 others = [] if len(peers) < asked else list(peers)
                 blamed = [watch.peer] if watch.peer in peers else others
                 for peer in list(peers) if watch.is_over else blamed:
-                    self._keep(job, peer, "failed", reason, {}, watch.spent[watch.peer])
+                    self._keep(job, peer, "failed", reason, partial.get(peer, {}), watch.spent[watch.peer])
                     peers.remove(peer)
                 return
             if time.monotonic() > self.deadline:
+                if watch.peer in partial:
+                    why = f"the budget was spent during {watch.stage} (--again failed tries)"
+                    self._keep(job, watch.peer, "failed", why, partial[watch.peer], watch.spent[watch.peer])
                 raise Stopped("the budget is spent")
             time.sleep(POLL_S)
 

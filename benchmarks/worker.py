@@ -3,8 +3,9 @@
     python -m benchmarks.worker JOB.json EVENTS.jsonl
 
 Events, each with its `time`, are `{"event": "begin", "peer", "stage"}`, by which the parent knows whom to blame for a
-hang or a crash, and `{"event": "row", "peer", "status", "reason", "metrics"}`. A worker that shares its GPU asks for it
-by `{"event": "alone"}`, waits for the file EVENTS.jsonl.alone, and says `{"event": "together"}` afterwards. The job
+hang or a crash, `{"event": "row", "peer", "status", "reason", "metrics"}`, and `{"event": "partial", "peer",
+"metrics"}`, the metrics of a failed row unless more come. A worker that shares its GPU asks for it by `{"event":
+"alone"}`, waits for the file EVENTS.jsonl.alone, and says `{"event": "together"}` afterwards. The job
 `{"environment": device}` is answered with one event, `{"event": "environment", "record"}`.
 """
 
@@ -44,6 +45,7 @@ class Reporter:
     ) -> None:
         self._write, self._device, self._granted = write, device, granted
         self.left = list(peers)  # without a row yet
+        self._partial: dict[str, dict[str, Any]] = {}
         self.current: str | None = None
 
     def begin(self, peer: str | None, stage: str) -> None:
@@ -55,11 +57,16 @@ class Reporter:
         """A peer is measured."""
         self._row(peer, "ok", None, metrics)
 
+    def partial(self, peer: str, metrics: dict[str, Any]) -> None:
+        """So far a peer has these metrics. They are those of its row if it fails, or is stopped."""
+        self._partial[peer] = metrics
+        self._write({"event": "partial", "peer": peer, "metrics": metrics})
+
     def failed(self, peer: str, error: BaseException) -> None:
         """A peer is not: an error."""
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {' '.join(lines[:3])}" if lines else type(error).__name__
-        self._row(peer, "failed", reason[:MAX_REASON], {})
+        self._row(peer, "failed", reason[:MAX_REASON], self._partial.get(peer, {}))
 
     def _row(self, peer: str, status: str, reason: str | None, metrics: dict[str, Any]) -> None:
         self.left.remove(peer)

@@ -11,8 +11,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from benchmarks import quantized
-from benchmarks.cases import TRAINED, Workload
+from benchmarks import pipelines, quantized
+from benchmarks.cases import PIPELINES, TRAINED, Workload
 from benchmarks.peers import PEERS, no_kernels
 from benchmarks.sweep_table import ENTRIES, SWEEP
 
@@ -177,6 +177,19 @@ SUITES = {
             compared=False,
             independent=True,
             why_not=quantized.why_not,
+        ),
+        Suite(
+            "pipelines",
+            "texts and images as people make them: seconds from the start of a process, per result, per LoRA",
+            ("result_s",),
+            pipelines.PEER_NAMES,
+            default_peers=pipelines.DEFAULT_PEERS,
+            workloads=tuple(Workload(model, 1) for model in PIPELINES),
+            rounds=3,
+            together=False,
+            compared=False,
+            independent=True,
+            why_not=pipelines.why_not,
         ),
         Suite(
             "counts",

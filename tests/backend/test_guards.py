@@ -1,6 +1,7 @@
 """What a call still sees without guards on layers, and how a session tells parameters apart."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_where_a_layer_trains_its_tensors_are_guarded(fresh_dynamo, mode: str) -
             change()
             same(compiled(tokens), copy.deepcopy(model)(tokens), atol=1e-2, rtol=1e-2)
         assert compiled(tokens).requires_grad == (mode == "gradients")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_where_a_layer_trains_the_placement_of_its_tensors_is_guarded(trains: bool) -> None:
+    def guard(kind: str) -> SimpleNamespace:
+        source = SimpleNamespace(is_unspecialized_builtin_nn_module=lambda: True)
+        return SimpleNamespace(name="w", value=None, guard_type=kind, orig_guard=SimpleNamespace(source=source))
+
+    kinds = ("TENSOR_MATCH", "DTENSOR_SPEC_MATCH", "TENSOR_SUBCLASS_METADATA_MATCH", "CONSTANT_MATCH")
+    with torch.set_grad_enabled(trains):
+        assert torch_rtx.skip_layer_guards([guard(kind) for kind in kinds]) == [trains] * 3 + [False]
 
 
 CHANGES = {

@@ -26,6 +26,7 @@ from tests.integrations.pipelines import TEXT, flux, images, lora, sdxl
 from torch_rtx.backend.sessions import release
 from torch_rtx.integrations.diffusers import Accelerated, accelerate
 from torch_rtx.integrations.peft import _Layer
+from torch_rtx.integrations.sizes import compiled
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 
@@ -88,6 +89,16 @@ def test_forty_sizes_have_two_graphs(pair: tuple[Any, Any, Accelerated]) -> None
         given = torch.randn(2, 4, height, width), torch.tensor(7.0), text
         close(*(one.unet(*given, added_cond_kwargs=more).sample for one in (pipe, eager)))
     assert graphs() <= before + 2
+
+
+def test_views_have_no_graph_of_their_own() -> None:
+    """The noise that a pipeline begins with may be one, and what a scheduler makes of it is none."""
+    run, before = compiled(torch.sin), graphs()
+    for length in (3, 4, 5):
+        noise = torch.randn(2, length, 2).permute(0, 2, 1)
+        for given in (noise, noise.clone(), noise):
+            close(run(given), given.sin())
+    assert graphs() == before + 2
 
 
 def test_autoencoder_whole_and_in_tiles(pair: tuple[Any, Any, Accelerated]) -> None:

@@ -139,6 +139,18 @@ def test_large_weights_are_there_once(engine: GenerationEngine) -> None:
     assert all(value.data_ptr() in others for value in own if value.numel() >= SIZES["hidden_size"] ** 2)
 
 
+def test_what_the_benchmark_of_pipelines_measures(engine: GenerationEngine, tmp_path: Path) -> None:
+    from benchmarks.text_pipelines import _random_weights, _rates
+
+    rates, sampled = _rates(engine, TEXT, 8, "cpu")
+    assert rates["tokens_per_s"] == pytest.approx(rates["of_bare"] * rates["bare_steps_per_s"])
+    assert sampled["sampled_tokens_per_s"] > 0
+    engine.save(tmp_path)
+    loaded = GenerationEngine.load(tmp_path)
+    loaded.attach(_random_weights(loaded, "cpu"))
+    assert loaded.generate(TEXT, max_new_tokens=2).shape == (1, 7)
+
+
 def test_tokens_come_one_by_one_and_nothing_follows_the_last(
     engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ def test_presets(preset: str) -> None:
     ("preset", "merged", "stored"),
     [
         (None, False, {"f16[32, 256]", "f16[32]"}),  # a sum of their parts would be a copy of the parameters
-        ("int8_dynamic", True, {"i8[256, 96](1, 256)", "f32[96]"}),
+        ("int8_dynamic", True, {"i8[256, 96](1, 256)", "f32[96]", "f16[96]"}),
         ("int4_weight_only", True, {"i32[96, 32]", "f32[2, 96]", "f16[96]"}),
     ],
 )

@@ -246,6 +246,7 @@ def test_bytes_at_one_time() -> None:
 @pytest.mark.parametrize("layers", ["fp8_dynamic"], indirect=True)
 def test_a_batch_that_fails_changes_nothing(layers: tuple[nn.Module, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph = layers
+    monkeypatch.setattr(recipes, "MAX_BYTES", 1)  # of several batches
     store = WeightStore(graph, CPU, {})
     store.refit(tensors_of(model), strict=False)
     before, original, count = [value.clone() for value in store.values], Recipes.run, 0

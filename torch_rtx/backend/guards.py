@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# Of tensors; a DTensor or another wrapper has a second one, on its placement or whatever else it holds.
+OF_TENSORS = frozenset(("TENSOR_MATCH", "DTENSOR_SPEC_MATCH", "TENSOR_SUBCLASS_METADATA_MATCH"))
+
 
 def skip_layer_guards(guards: Sequence[Any]) -> list[bool]:
     """Drop Dynamo's guards on PyTorch's own layers, except those on their `training` flag: True for each guard to keep.
@@ -27,7 +30,7 @@ def skip_layer_guards(guards: Sequence[Any]) -> list[bool]:
     return [
         not guard.orig_guard.source.is_unspecialized_builtin_nn_module()
         or _is_mode(guard)
-        or (trains and guard.guard_type == "TENSOR_MATCH")
+        or (trains and guard.guard_type in OF_TENSORS)
         for guard in guards
     ]
 

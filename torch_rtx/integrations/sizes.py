@@ -41,11 +41,17 @@ class _Varying:
         return self._run(*positional, **{name: self._hinted(name, value) for name, value in kwargs.items()})
 
     def _hinted(self, place: int | str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() <= INNER + 1:
+        if not isinstance(value, Tensor):
             return value
-        if self._first.setdefault(place, value.shape)[INNER:] == value.shape[INNER:]:
-            return value
-        image = value.view_as(value)  # a hint stays on a tensor, which the graph for the first size would refuse then
+        if value.dim() <= INNER + 1 or self._first.setdefault(place, value.shape)[INNER:] == value.shape[INNER:]:
+            return _alone(value) if value._base is not None else value
+        image = _alone(value)  # a hint stays on a tensor, which the graph for the first size would refuse then
         # An axis of one element has a graph of its own.
         torch._dynamo.maybe_mark_dynamic(image, [a for a in range(INNER, image.dim()) if image.shape[a] > 1])
         return image
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The same, without the tensor that it may be a view of. Dynamo looks at that one as well: so the noise that a
+    pipeline begins with, if that is a view, would have another graph than the images of later steps."""
+    return value.view_as(value) if value.requires_grad else value.detach()

@@ -43,6 +43,11 @@ CASES = {
 }
 
 
+def case_text(text: str, dtype: str) -> str:
+    """The body of a case, with the types that are left open."""
+    return re.sub(r"\b[TH]\b", dtype, text).replace("HALF", dtype).replace("DEPTH", "512").replace("BYTES", "i8")
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_right(case: str, dtype: str) -> None:
@@ -50,12 +55,11 @@ def test_right(case: str, dtype: str) -> None:
     target = target_of("native")
     if config.num_warps >= 4 and "wgmma" not in target.arch.features:
         pytest.skip("a tile for Hopper")
-    text = re.sub(r"\b[TH]\b", dtype, text).replace("HALF", dtype).replace("DEPTH", "512").replace("BYTES", "i8")
-    found = body(text, dtype)
+    found = body(case_text(text, dtype), dtype)
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, {}).cuda() for value in found.inputs]
     made = session(gemm_kernel(region(found), "k", config), kernel_graph(found, "k"), target)
-    first, *others = [[tensor.clone() for tensor in made(inputs)] for _ in range(8)]
+    first, *others = [[tensor.clone() for tensor in made(inputs)] for _ in range(60)]
     device = torch.device("cuda")
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     exact = compile_graph(parse(re.sub(FLOATS, "f64", str(found))), device)(wide, ())

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import prod
+from math import inf, prod
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
@@ -69,6 +69,7 @@ OF_WARP = 1024
 HELD_TILE, HELD_VECTOR, HELD_MOST = 4096, 8, 64  # most elements of a tile; of each thread, those of a tile and of a row
 TYPICAL_PROCESSORS = 132
 TILES_PER_PROCESSOR = 8
+MOST_OF_FEW = 512  # elements of a row, of which a program has several
 REPEATED = 64  # elements of an operand that repeats, less than threads: Triton lets each thread load what it needs
 UNKNOWN = 1 << 14  # elements of a row of symbolic size
 OWN_SCANS = frozenset(("sum", "prod"))  # of Triton's own
@@ -146,8 +147,10 @@ def _best_config(region: Region) -> LoopConfig:
         count = max(TILE // block, 1)
         return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
     # Rows, not their elements, are neighbours in memory: a tile has several. With 64 elements per thread few
-    # threads have to synchronize on a row.
+    # threads have to synchronize on a row. Few rows, such as sums of columns, are divided among more programs.
     count = max(4 * TILE // block, min(16, 16 * TILE // block))
+    if block <= MOST_OF_FEW and (rows.count.number or inf) < 2 * TYPICAL_PROCESSORS * count:
+        return LoopConfig(min(count, 16), block, 4)
     return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, indent, loads_first
@@ -29,6 +31,7 @@ from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, 
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Reduce, Select, View
 from torch_rtx.lowering.kernels.loops import LoopConfig, LoopWriter, R, X
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order
 from torch_rtx.lowering.kernels.source import assemble, next_power_of_2
@@ -37,11 +40,20 @@ from torch_rtx.lowering.kernels.source import assemble, next_power_of_2
 TILES = (1024, 8), (1024, 4), (2048, 16), (2048, 8)
 TILES_WITHOUT_ROWS = (2048, 16), (1024, 8), (2048, 8), (4096, 16)
 MIN_WIDTH, MAX_WIDTH = 128, 1024  # of a tile, where rows are not reduced
+# Tiles that are loaded at a time, so that a step's reductions do not wait for its own, and the bytes they may take.
+AHEAD, AHEAD_BYTES = 3, 40 << 10
 PROGRAM, COLUMN = "program", "column"
 
 
+@dataclass(frozen=True)
 class BlockConfig(LoopConfig):
-    """The tile of a loop over blocks of rows."""
+    """The tile of a loop over blocks of rows.
+
+    Attributes:
+        ahead: how many tiles are loaded at a time, by asynchronous copies; 1: only that of the step.
+    """
+
+    ahead: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,8 +143,17 @@ def block_configs(region: Region) -> list[BlockConfig]:
     for tile, each in TILES if whole else TILES_WITHOUT_ROWS:
         rows = min(max(tile // width, 1), most)
         warps = min(max(rows * width // (32 * each), 2), 16)
+        if whole and blocks.size // rows > AHEAD and AHEAD * rows * _row_bytes(region, blocks) <= AHEAD_BYTES:
+            found.append(BlockConfig(rows, width, warps, ahead=AHEAD))
         found.append(BlockConfig(rows, width, warps))
     return list(dict.fromkeys(found))
+
+
+def _row_bytes(region: Region, blocks: RowBlocks) -> int:
+    """Bytes that are read of a row, where a program has all of it."""
+    size = blocks.rows.size.number or 1
+    whole = [type_ for type_ in region.read_types if prod(map(typical, type_.shape)) > size]
+    return sum(DTYPES[type_.dtype].bytes for type_ in whole) * blocks.width
 
 
 def block_kernel(region: Region, name: str, config: BlockConfig) -> Kernel:
@@ -145,6 +166,8 @@ def block_kernel(region: Region, name: str, config: BlockConfig) -> Kernel:
 
 class _BlockWriter(LoopWriter):
     """The lines of a loop over blocks of rows."""
+
+    config: BlockConfig
 
     def __init__(self, region: Region, config: BlockConfig, blocks: RowBlocks) -> None:
         super().__init__(region, config, rows=blocks.rows)
@@ -171,7 +194,9 @@ class _BlockWriter(LoopWriter):
         inner = [f"{X} = {PROGRAM} * {size} + start + tl.arange(0, {config.rows})[:, None]"]
         inner += [f"in_x = {X} < {self.limit}"] if emitter.axes[X].mask else []
         inner += loads_first(emitter.inner())
-        emitter.outer.lines += [f"for start in range(0, {size}, {config.rows}):", *indent(inner)]
+        steps = f"0, {size}, {config.rows}"
+        steps = f"range({steps})" if config.ahead == 1 else f"tl.range({steps}, num_stages={config.ahead})"
+        emitter.outer.lines += [f"for start in {steps}:", *indent(inner)]
         for at, total in totals.items():
             self._store_sum(at, total)
         return lines + emitter.outer.lines

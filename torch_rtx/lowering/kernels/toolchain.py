@@ -28,6 +28,7 @@ from torch_rtx.lowering.kernels.kernel import ForeignCode
 from torch_rtx.lowering.kernels.masks import fold_masks
 from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
+from torch_rtx.lowering.kernels.wgmma_waits import wait_for_registers
 from torch_rtx.tactics import Variant
 from torch_rtx.targets import NEWEST, PORTABLE_PTX, Target, arch_of, by_age
 
@@ -340,6 +341,7 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
     ptx = backend.make_ptx(llir, metadata, options, job.sm)
     if job.foreign is None:
         ptx = fold_masks(ptx)
+    ptx = wait_for_registers(ptx)
     if job.portable:
         ptx = ptx.replace(f".target {triton.arch_name(job.sm)}", f".target {_gpu_name(triton, job)}")
     if rewritten:

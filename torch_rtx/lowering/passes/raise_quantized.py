@@ -437,7 +437,7 @@ def _finished(operands: Operands, total: Value, scales: tuple[Value | float, ...
         total = total if one == 1 else operands.emit(MUL, self=total, other=one)
     if bias is not None:
         assert isinstance(bias, Value)
-        total = operands.emit(ADD, self=total, other=operands.cast(bias, wide))
+        total = operands.emit(ADD, self=total, other=bias)  # widened by the sum: it is read in each call
     return _laid_out(operands, operands.cast(total, type_of(out).dtype), out)
 
 

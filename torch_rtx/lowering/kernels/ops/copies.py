@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.lowering.kernels.kernel_ir import Tensor, cast, expand
+from torch_rtx.lowering.kernels.nearest import nearest
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 
 
@@ -21,6 +22,8 @@ def to_copy(
 ) -> Tensor:
     """A cast: it rounds even where no memory is involved."""
     target = out[0].dtype
+    if (whole := nearest(self, target)) is not None:
+        return whole
     if DTYPES[self.dtype].kind == FLOAT and target == "u8":
         self = cast(self, "i64")  # as PyTorch does, so that negative numbers wrap
     return cast(self, target, rounded=True)

@@ -1,0 +1,91 @@
+"""Waits in PTX for Hopper's wgmma: nothing writes a register that a product in flight still reads.
+
+`wgmma.mma_async` may take its first factor from registers, and reads these until `wgmma.wait_group` has waited for its
+group (PTX ISA, "Asynchronous warpgroup level matrix instructions"). Triton divides such a product in a loop into two
+groups and waits for the second one in the next iteration, which by then has unpacked its own factor into the same
+registers: some elements are products of the wrong numbers, now and then. So a wait stands before the first such write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+Groups = tuple[frozenset[str], ...]  # of products in flight, the oldest first: the registers that they read
+_FROM_REGISTERS = re.compile(r"\bwgmma\.mma_async\.\S+\s*\{[^}]*\}\s*,\s*\{([^}]*)\}")
+_WAIT = re.compile(r"\bwgmma\.wait_group\.sync\.aligned\s+(\d+)\s*;")
+_LABEL = re.compile(r"^(\$\w+):")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
+_RESULTS = re.compile(r"^\s*(?:@!?%\w+\s+)?(?!st\b|red\b)[a-z][\w.:]*\s+(?:\{([^}]*)\}|(%\w+(?:\|%\w+)?))\s*,")
+
+
+def wait_for_registers(ptx: str) -> str:
+    """The PTX of a kernel, with a wait before each write to registers that a product in flight may read."""
+    if not _FROM_REGISTERS.search(ptx):
+        return ptx
+    lines = ptx.splitlines(keepends=True)
+    waits = _Scan(lines).waits
+    inserted = {at: f"\twgmma.wait_group.sync.aligned {pending};\n" for at, pending in waits.items()}
+    return "".join(inserted.get(at, "") + line for at, line in enumerate(lines))
+
+
+class _Scan:
+    """Follows a kernel from line to line, and each loop twice.
+
+    Attributes:
+        waits: by the line that a wait has to stand before: how many groups may stay in flight.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self._lines = lines
+        self._labels = {found[1]: at for at, line in enumerate(lines) if (found := _LABEL.match(line))}
+        self._jumped: dict[int, Groups] = {}  # by the line of a label: in flight at the branches to it
+        self._open: frozenset[str] = frozenset()  # of products that no group has yet
+        self.waits: dict[int, int] = {}
+        self._follow(0, len(lines), ())
+
+    def _follow(self, start: int, end: int, groups: Groups) -> Groups:
+        """What is in flight after these lines, if `groups` are before them."""
+        for at in range(start, end):
+            line = self._lines[at]
+            if at in self._jumped:
+                groups = _either(groups, self._jumped[at])
+            if found := _FROM_REGISTERS.search(line):
+                self._open |= frozenset(name.strip() for name in found[1].split(","))
+            elif "wgmma.commit_group" in line:
+                groups, self._open = (*groups, self._open), frozenset()
+            elif found := _WAIT.search(line):
+                groups = _newest(groups, int(found[1]))
+            elif found := _BRANCH.search(line):
+                target = self._labels[found[1]]
+                if target > at:
+                    self._jumped[target] = _either(groups, self._jumped.get(target, ()))
+                elif start <= target and (start, end) != (target, at):
+                    groups = _either(groups, self._follow(target, at, groups))
+            else:
+                groups = self._written(at, groups)
+        return groups
+
+    def _written(self, at: int, groups: Groups) -> Groups:
+        """What is in flight after an instruction that writes registers."""
+        found = _RESULTS.match(self._lines[at])
+        if found is None or not groups:
+            return groups
+        names = set(re.findall(r"%\w+", found[1] or found[2]))
+        late = [index for index, read in enumerate(groups) if read & names]
+        if not late:
+            return groups
+        pending = len(groups) - 1 - late[-1]
+        self.waits[at] = min(pending, self.waits.get(at, pending))
+        return _newest(groups, pending)
+
+
+def _newest(groups: Groups, count: int) -> Groups:
+    return groups[max(0, len(groups) - count) :]
+
+
+def _either(one: Groups, other: Groups) -> Groups:
+    """In flight where two paths meet: the newest groups of both are one, and so on."""
+    size = max(len(one), len(other))
+    one, other = ((frozenset(),) * (size - len(groups)) + groups for groups in (one, other))
+    return tuple(first | second for first, second in zip(one, other, strict=True))
