@@ -24,6 +24,7 @@ from torch_rtx.ir import Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.effects import draws, is_barrier
 from torch_rtx.lowering.iteration_space import (
     IterationSpace,
+    cut_copies,
     elements,
     expressed,
     is_absorbed_view,
@@ -126,6 +127,7 @@ class FusionPlan:
         self.ranges = set(ranges_of_rows(graph.nodes))
         self.views = {i for i, node in enumerate(graph.nodes) if i not in self.ranges and is_absorbed_view(node)}
         self.views |= widened_factors(graph, self.views, self.producer)
+        self.views |= cut_copies(graph, self.views, self.producer)
         self.group_of: dict[int, FusionGroup] = {}
         self.readers: dict[str, list[int]] = {}
         self.next_draw = dict(pairwise(draws(graph.nodes)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch_rtx import aten
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, Node, TensorType, Value
+from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Tensor, load
 from torch_rtx.lowering.kernels.region import Region, express, tensor_type
 from torch_rtx.lowering.kernels.rows import rows_of
 from torch_rtx.op_work import ANCHORS
+from torch_rtx.targets import ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,48 @@ def is_absorbed_view(node: Node) -> bool:
         return bool(expressed(node))
     except Unsupported:
         return False
+
+
+def cut_copies(graph: Graph, views: Set[int], producer: Mapping[str, int]) -> set[int]:
+    """The copies, by index, that only cut the ends of the rows of a product, such as one whose columns were padded:
+    kernels read the rows where they lie, each as fast as it would read the copy.
+
+    Args:
+        views: the nodes that kernels absorb.
+        producer: the node that computes each value, by its name.
+    """
+
+    def source(value: Value) -> int | None:
+        index = producer.get(value.name)
+        while index is not None and index in views:
+            index = producer.get(graph.nodes[index].inputs[0].name)
+        return index
+
+    found = {index for index, node in enumerate(graph.nodes) if _cuts_rows(node)}
+    found = {i for i in found if (at := source(graph.nodes[i].inputs[0])) is not None and graph.nodes[at].op in ANCHORS}
+    returned = {source(value) for value in attr_values(graph.outputs)}
+    calls = (node for index, node in enumerate(graph.nodes) if index not in views and not _is_in_kernel(node))
+    return found - returned - {source(value) for node in calls for value in node.inputs}
+
+
+def _cuts_rows(node: Node) -> bool:
+    """`node` copies a tensor whose rows are aligned in memory, in the order of memory, to where no gaps are."""
+    if node.op != "aten.clone.default" or node.kind != "op" or node.outputs[0] is None:
+        return False
+    try:
+        before, after = tensor_type(node.inputs[0]), tensor_type(node.outputs[0])
+    except Unsupported:  # on the CPU
+        return False
+    kept = [stride for size, stride in zip(before.shape, before.strides, strict=True) if size != 1]
+    strides = [stride for stride in kept if isinstance(stride, int) and stride]
+    if strides != kept or strides != sorted(strides, reverse=True) or strides[-1:] != [1]:
+        return False
+    aligned = not any(stride * DTYPES[before.dtype].bytes % ALIGNMENT for stride in strides[:-1])
+    return aligned and after.strides == contiguous(after.shape)
+
+
+def _is_in_kernel(node: Node) -> bool:
+    return node.op in ANCHORS or iteration_space_of(node) is not None
 
 
 def expressed(node: Node) -> list[Tensor]:

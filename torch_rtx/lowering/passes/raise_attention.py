@@ -1,12 +1,14 @@
 """Raises attention written as matmuls around a softmax to one call, which has kernels.
 
     softmax(q k^T * scale + mask) v, with any of: masks that are added or filled in, a cast to f32 around the softmax,
-    leading dimensions merged by views for `bmm`, scales of q and k, zeros in place of NaN in the softmax
+    leading dimensions merged by views for `bmm`, scales of q and k, zeros in place of NaN in the softmax, a sink: one
+    more score in the softmax, which has no value
 
 The raised call rounds fewer times. It is `scaled_dot_product_attention` where that gives the same: masks hide keys, and
 leave one to each query, or the zeros are there for a query that sees no key (NaN in the scores then stays NaN).
 Otherwise it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that are filled with a number
-still count, where a query has no higher scores.
+still count, where a query has no higher scores. With a sink it is `torch_rtx.attention_partial`, whose sum of weights
+the weight of the sink is added to.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, 
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
+from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.kernels.split_kv import MAX_QUERIES
 from torch_rtx.lowering.positions import Positions
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
-from torch_rtx.op_work import ATTENTION, SDPA
+from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL, SDPA
 
 PRODUCTS = {
     "aten.matmul.default": ("self", "other"),
@@ -34,6 +38,7 @@ PRODUCTS = {
     "aten.baddbmm.default": ("batch1", "batch2"),
 }
 SCALES = tuple(f"aten.{name}" for name in ("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar"))
+SLICE, MAXIMA = "aten.slice.Tensor", ("aten.max.dim", "aten.amax.default")
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 # Of calls that fill: the names of the mask, of what is filled in where it is True, and of what stays elsewhere.
 FILLS = {
@@ -57,6 +62,7 @@ class _Match:
     factors: list[Node] = field(default_factory=list)  # what scales the scores by numbers that are not known
     zeroed: bool = False  # zeros take the place of NaN in the softmax
     lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the last mask applies
+    sink: Value | None = None  # the score that a query has beside those of keys
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,43 @@ class _Matcher:
         zeroed = softmax is not None and self._zeroes_nan(softmax)
         if softmax is not None and zeroed:
             softmax = self.constants.producer.get(_kept(softmax).name)
+        cut = softmax if softmax is not None and softmax.op == SLICE else None
+        if cut is not None:
+            softmax = self._behind_copies(cut.arg("self"))
         if softmax is None or softmax.op not in SOFTMAX or not isinstance(value, Value):
             return None
-        scores = softmax.arg("self")
+        scores, sink = softmax.arg("self"), None
         if not isinstance(scores, Value) or softmax.arg("dim") not in (-1, len(_shape(scores)) - 1):
             return None
-        return self._scores(scores, _Match(scores, scores, value, 1.0, zeroed=zeroed))
+        if cut is not None:
+            scores, sink = self._without_sink(scores, cut)
+            if scores is None or typical(_shape(scores)[-2]) <= MAX_QUERIES:  # fewer are better off in several kernels
+                return None
+        return self._scores(scores, _Match(scores, scores, value, 1.0, zeroed=zeroed, sink=sink))
+
+    def _without_sink(self, scores: Value, cut: Node) -> tuple[Value | None, Value | None]:
+        """The scores of keys and of the sink, if `cut` leaves the weights of keys alone. What is subtracted from all
+        scores changes no weight."""
+        width, last = _shape(scores)[-1], len(_shape(scores)) - 1
+        keys = dim_expr("+", width, -1)
+        if cut.arg("dim") not in (-1, last) or cut.arg("start") not in (None, 0) or cut.arg("end") not in (-1, keys):
+            return None, None
+        shifted = self._behind_copies(scores)
+        if shifted is not None and shifted.op == "aten.sub.Tensor" and shifted.arg("alpha", 1) == 1:
+            joined, peak = shifted.arg("self"), self.producer(shifted.arg("other"))
+            of_same = peak is not None and peak.op in MAXIMA and peak.arg("self") == joined
+            if not of_same or not isinstance(joined, Value) or self.users[joined.name] != [peak, shifted]:
+                return None, None
+            node = None if joined.name in self.returned else self.constants.producer.get(joined.name)
+        else:
+            node = shifted
+        parts = node.arg("tensors") if node is not None and node.op == "aten.cat.default" else None
+        if node is None or not isinstance(parts, tuple | list) or len(parts) != 2 or node.arg("dim") not in (-1, last):
+            return None, None
+        mine, sink = parts
+        if isinstance(mine, Value) and isinstance(sink, Value) and _shape(sink)[-1] == 1:
+            return mine, sink
+        return None, None
 
     def _zeroes_nan(self, node: Node) -> bool:
         """Whether a node puts 0 in place of NaN, and nothing else reads what it replaces."""
@@ -399,12 +436,35 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
         given["bias"] = mask.bias
     shape = (*_shape(operands[0])[:-1], _shape(operands[2])[-1])
     type_ = TensorType(_type(found.query).dtype, shape, contiguous(shape), _type(found.query).device)
-    output = rewriter.emit(SDPA if mask is None or mask.hides else ATTENTION, last.loc, (type_,), **given)
+    if found.sink is not None:
+        output = _with_sink(found.sink, type_, given, last, rewriter)
+    else:
+        output = rewriter.emit(SDPA if mask is None or mask.hides else ATTENTION, last.loc, (type_,), **given)
     if shape != _shape(result):
         output = emit("view.default", self=output, size=_shape(result))
     if output.type != _type(result):
         raise Unsupported("a result of another type")
     return output
+
+
+def _with_sink(sink: Value, type_: TensorType, given: dict[str, Attr], last: Node, rewriter: Rewriter) -> Value:
+    """Emit attention to the keys, and divide by the sum of all weights, that of the sink too."""
+    if type_.dtype == "f64":
+        raise Unsupported("attention in parts, which are f32")
+    if not {"fill", "bias"}.isdisjoint(given) or _shape(sink)[:-1] != type_.shape[:-1]:
+        raise Unsupported("a sink beside keys that are hidden and count, or that is divided otherwise")
+
+    def emit(op: str, /, **args: Attr) -> Value:
+        return rewriter.emit(f"aten.{op}", last.loc, **args)
+
+    shapes = [(*type_.shape[:-1], width) for width in (type_.shape[-1], 1, 1)]
+    types = tuple(TensorType("f32", shape, contiguous(shape), type_.device) for shape in shapes)
+    values = rewriter.emit(ATTENTION_PARTIAL, last.loc, types, **given)
+    _, peak, total = rewriter.nodes[-1].outputs
+    score = emit("_to_copy.default", self=_current(sink, rewriter), dtype="f32")
+    weight = emit("exp.default", self=emit("sub.Tensor", self=score, other=peak))
+    output = emit("div.Tensor", self=values, other=emit("add.Tensor", self=total, other=weight))
+    return emit("_to_copy.default", self=output, dtype=type_.dtype) if type_.dtype != "f32" else output
 
 
 def _count(shape: tuple[Dim, ...]) -> Dim:
