@@ -109,7 +109,7 @@ def inference(rank: Rank, peer: str, parts: int, length: int) -> Row:
         call = partial(_compiled(model, peer, (tokens, at), mesh), tokens, at)
         call()
         compiling = {"compiling_s": time.perf_counter() - start}
-        compiling |= rank.settle(call, peer in ("engine", "rtx", "rtx-guarded"))
+        compiling |= rank.settle(call, not peer.startswith(("inductor", "eager")))
         few = rank.small or not rank.cuda
         error = rank.error(f"{length} {parts}", call())
         count = 3 if few else 100 if length == 1 else 10
@@ -126,8 +126,9 @@ def _compiled(model: nn.Module, peer: str, inputs: tuple[Tensor, ...], mesh: Any
     }
     if peer == "eager":
         return model
-    if peer == "engine":
-        return torch_rtx.compile(model, inputs, groups=mesh)
+    if peer.startswith("engine"):
+        disabled = ["overlap_sums"] if peer == "engine-whole" else []
+        return torch_rtx.compile(model, inputs, groups=mesh, disabled_passes=disabled)
     return torch.compile(model, fullgraph=True, dynamic=False, **options[peer])
 
 

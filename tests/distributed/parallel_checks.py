@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -121,6 +121,17 @@ def training(sequence: bool) -> list[str]:
         torch.testing.assert_close(gradient, other.grad, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
     assert len(calls) == (2 if device().type == "cpu" else 1)  # a backward on a GPU has a thread of its own
     return [node.op for session, _ in calls for node in session.graph.nodes if node.kind == "fallback"]
+
+
+def returned() -> None:
+    """A function returns a DTensor. Its mesh is not that of its input, but an equal one: DTensor remembers the results
+    of operations, with the mesh of the first one."""
+    for mesh in (tp_mesh(), tp_mesh()):
+        torch._dynamo.reset()
+        x = distribute_tensor(torch.arange(24.0, device=device()).view(8, 3), mesh, [Shard(0)])
+        found = torch.compile(lambda x: x.sum(0), backend="rtx", fullgraph=True)(x)
+        assert found.placements == x.sum(0).placements
+        torch.testing.assert_close(found.full_tensor(), x.full_tensor().sum(0))
 
 
 def loaded(path: str, weights: str, tokens: list[Tensor], others: str) -> list[list[Tensor]]:

@@ -48,6 +48,7 @@ def divided_models(ranks: Ranks, folder: Path) -> None:
     """With a divided vocabulary, and with sequences divided between the layers."""
     assert ranks.run(parallel_checks.inference, True, True) == [(10, 1)] * 2
     assert ranks.run(parallel_checks.training, False) == [[], []]
+    ranks.run(parallel_checks.returned)
 
 
 def make(mesh: DeviceMesh) -> torch.nn.Module:

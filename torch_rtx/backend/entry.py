@@ -27,6 +27,7 @@ from torch_rtx.backend.training import TrainingStep
 from torch_rtx.backend.undefined_gradients import positions, specializing, undefined_is_none
 from torch_rtx.engine import calls
 from torch_rtx.errors import PartitionError, SettingsError
+from torch_rtx.lowering.control_flow import attribute
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
 from torch_rtx.lowering.symbols import main_device
@@ -186,6 +187,9 @@ def _compile(
         done: is given the graph and its program.
         pinned, saved, gradients: see `CapturedGraph`.
     """
+    objects = _take_objects(gm)
+    if objects:
+        done = None  # no cache has them
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     labels = names if len(names) == len(placeholders) else [node.name for node in placeholders]
     kinds = ("parameter" if index in static else "input" for index in range(len(placeholders)))
@@ -197,14 +201,16 @@ def _compile(
             graph = CapturedGraph(program, roles, pinned, saved, gradients, fixed)
             if done is not None:
                 done(gm, graph)
-            return _bind(graph, runtime)
+            call = _bind(graph, runtime)
+            return _returning(call, objects) if objects else call
     except (PartitionError, SettingsError):
         raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
         if not compilation.fallback_on_error:
             raise
         log.warning("compiling failed, this graph runs in PyTorch: %s", error)
-        return make_boxed_func(gm.forward)
+        call = make_boxed_func(gm.forward)
+        return _returning(call, objects) if objects else call
 
 
 def _bind(graph: CapturedGraph, runtime: RuntimeSettings) -> Callable[..., Any]:
@@ -247,6 +253,37 @@ def _bind(graph: CapturedGraph, runtime: RuntimeSettings) -> Callable[..., Any]:
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def _take_objects(gm: fx.GraphModule) -> dict[int, Any]:
+    """The results of `gm` that are objects which it holds, by position: None is in their place from here on. A DTensor
+    is returned as its part and its mesh, which may be another one than an input has."""
+    output = gm.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    found = {}
+    for index, node in enumerate(results):
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            held = attribute(gm, node)
+            if not isinstance(held, torch.Tensor):
+                found[index] = getattr(held, "real_obj", held)
+                results[index] = None
+    if found:
+        output.args = (tuple(results),)
+        gm.recompile()
+    return found
+
+
+def _returning(call: Callable[..., Any], objects: Mapping[int, Any]) -> Callable[..., Any]:
+    """A boxed callable that returns `objects` in their places among the results of `call`."""
+
+    def returning(args: list[Any]) -> list[Any]:
+        results = list(call(args))
+        for index, held in objects.items():
+            results[index] = held
+        return results
+
+    returning._boxed_call = True  # type: ignore[attr-defined]
+    return returning
 
 
 def _tuple_getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
