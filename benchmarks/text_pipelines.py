@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import torch_rtx
 from benchmarks import timing
 from benchmarks.cases import Workload
 from benchmarks.pipelines import SETTLE_S, Pipeline
-from torch_rtx.backend.entry import rtx
 
 LLAMA_1B = {
     "vocab_size": 128256,
@@ -71,13 +69,17 @@ def build(workload: Workload, peer: str, device: str, folder: Path, warm: bool) 
         folder: for its files.
         warm: an earlier process has left them there.
     """
-    if "rtx" not in torch.compiler.list_backends():
-        torch._dynamo.register_backend(rtx, name="rtx")  # without an installation nobody knows the name
-    transformers.logging.set_verbosity_error()
     dtype = getattr(torch, workload.dtype)
     torch.manual_seed(0)
     if peer == "rtx-engine":
         return _engine(workload, device, dtype, folder, warm)
+    import transformers  # an application that loads an engine needs neither this nor a compiler
+
+    from torch_rtx.backend.entry import rtx
+
+    if "rtx" not in torch.compiler.list_backends():
+        torch._dynamo.register_backend(rtx, name="rtx")  # without an installation nobody knows the name
+    transformers.logging.set_verbosity_error()
     make = _whisper if workload.model == "whisper_small" else _llama
     model, given, tokens = make(workload, device, dtype)
     asked: dict[str, Any] = {**given, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
@@ -95,14 +97,15 @@ def build(workload: Workload, peer: str, device: str, folder: Path, warm: bool) 
     return Pipeline(result, result, partial(_check, model, given, asked, result))
 
 
-def _llama_config(workload: Workload) -> Any:
-    sizes = TINY if workload.size == "small" else LLAMA_8B if workload.model == "llama_8b" else LLAMA_1B
-    return transformers.LlamaConfig(**sizes)
+def _llama_sizes(workload: Workload) -> dict[str, Any]:
+    return TINY if workload.size == "small" else LLAMA_8B if workload.model == "llama_8b" else LLAMA_1B
 
 
 def _llama(workload: Workload, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any], int]:
     """The model, the arguments of `generate`, and the number of new tokens."""
-    config, (_, tokens, _) = _llama_config(workload), LENGTHS[workload.size]
+    import transformers
+
+    config, (_, tokens, _) = transformers.LlamaConfig(**_llama_sizes(workload)), LENGTHS[workload.size]
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return model, {"input_ids": _prompt(workload, device)}, tokens
@@ -111,11 +114,13 @@ def _llama(workload: Workload, device: str, dtype: torch.dtype) -> tuple[Any, di
 def _prompt(workload: Workload, device: str) -> Tensor:
     noise = torch.Generator().manual_seed(1)
     size = workload.batch, LENGTHS[workload.size][0]
-    return torch.randint(3, _llama_config(workload).vocab_size, size, generator=noise).to(device)
+    return torch.randint(3, _llama_sizes(workload)["vocab_size"], size, generator=noise).to(device)
 
 
 def _whisper(workload: Workload, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any], int]:
     """The same for Whisper."""
+    import transformers
+
     small = workload.size == "small"
     sizes = dict.fromkeys(WHISPER, 2) | {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1} if small else WHISPER
     config = transformers.WhisperConfig(**sizes, vocab_size=51865, decoder_start_token_id=START[0])

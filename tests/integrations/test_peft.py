@@ -282,10 +282,22 @@ def test_an_engine_takes_merged_weights() -> None:
         with pytest.raises(torch_rtx.RefitError, match="conv.weight: a Conv2d is around it.*peft.merged"):
             take(model)
     assert torch.equal(engine(X), plain)
-    with merged(model):
-        engine.refit(model)
+    with merged(model) as same:
+        engine.refit(same)
     torch.testing.assert_close(engine(X), model(X), rtol=1e-4, atol=1e-4)
     assert len(tuners(model)) == 3
+
+
+def test_an_engine_takes_the_weights_of_a_peft_model() -> None:
+    """Whose names are others than those of the model that the engine is of."""
+    model = Net().eval()
+    engine = torch_rtx.compile(model, (X,))
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=LAYERS)
+    wrapped = peft.get_peft_model(model, config).eval()
+    with merged(wrapped) as plain:
+        assert plain is model
+        engine.refit(plain)
+    torch.testing.assert_close(engine(X), wrapped(X), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_of_peft_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,18 +28,20 @@ _ADDRESS = torch.Tensor.data_ptr
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged(model: nn.Module) -> Iterator[nn.Module]:
     """In the block, `model` is without layers of PEFT, and its parameters have the active adapters in them:
 
-        with torch_rtx.integrations.peft.merged(pipe.unet):
-            engine.refit(pipe.unet)
+        with torch_rtx.integrations.peft.merged(pipe.unet) as plain:
+            engine.refit(plain)
 
+    `plain` is the model; of a `PeftModel` the one that it was made of, whose weights have the names that they had.
     Nobody else may use the model meanwhile. Layers whose weights are quantized stay as they are.
     """
     adapters = MergedAdapters(model)
     adapters.update()
+    wrapper = getattr(sys.modules.get("peft"), "PeftModel", ())
     with adapters.hidden():
-        yield
+        yield model.get_base_model() if isinstance(model, wrapper) else model
 
 
 class MergedAdapters:

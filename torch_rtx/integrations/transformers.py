@@ -67,6 +67,7 @@ def export_generate(
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len)
     stripped, device = replace(settings, strip_weights=True), settings.device or model.device.type
+    first: CaptureError | None = None
     for narrow in (True, False):
         try:
             empty, filled, vocabulary = _caches(model, max_cache_len, settings.device, narrow)
@@ -76,8 +77,10 @@ def export_generate(
             prefill = compile(Prefill(model, empty, places), prompt, settings=stripped, runtime=runtime)
             break
         except CaptureError as error:
-            if not narrow:
+            if first is not None:
+                error.add_note(f"before that, for prompts that do not look at the whole cache: {first}")
                 raise
+            first = error
             log.info("prompts will look at the whole cache: %s", error)
     return GenerationEngine(
         prefill=prefill,

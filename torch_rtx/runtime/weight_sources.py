@@ -143,5 +143,5 @@ def _of_a_part(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, 
         return {}
     if not any(tensor is part for part in owner.parameters()):
         return {}
-    remedy = "remove the adapters, or refit in `with torch_rtx.integrations.peft.merged(model):`"
+    remedy = "remove the adapters, or refit from `plain` in `with torch_rtx.integrations.peft.merged(model) as plain:`"
     return {name: f"a {type(owner).__name__} is around it, whose adapters would be lost; {remedy}"}
