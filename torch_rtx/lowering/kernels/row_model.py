@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch_rtx.chips import CACHED_BYTES, OVERLAP
 from torch_rtx.dtypes import DTYPES
+from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.loops import LoopConfig, LoopWriter, R, X
 from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us
 from torch_rtx.lowering.kernels.region import Region
@@ -33,7 +34,10 @@ def ranked(found: Region, configs: list[LoopConfig], arch: Arch) -> list[LoopCon
     of_warps = usual.held and usual.rows == usual.num_warps and usual.elements > NARROW
     if not of_warps and not _fits(found, several, arch):
         return configs
-    own, again, widest = _read(found, usual)
+    try:
+        own, again, widest = _read(found, usual)
+    except Unsupported:
+        return configs
     if of_warps:
         better = [narrow] if widest >= WIDE else []
     else:
