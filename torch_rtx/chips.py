@@ -27,6 +27,7 @@ LAUNCHES_OF_A_NODE = 1.44  # LAUNCH_US over the time that a node adds to a CUDA 
 LATENCY_US = 0.8  # of DRAM under load
 BARRIER_US = 0.03  # of a step of a program
 READ_BYTES = 32  # that a multiprocessor reads in a cycle from L2
+CACHED_BYTES = 48  # the same of what its programs share, some of which is in its own cache
 OVERLAP = 0.8  # how much of what is not the bottleneck is hidden behind it
 LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
 LANES_OF_WARP = 16  # those of one warp: they wait for each other

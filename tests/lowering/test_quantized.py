@@ -21,8 +21,9 @@ from tests.lowering.test_prologues import compiled
 from torch_rtx import aten
 from torch_rtx.aten import DTYPES
 from torch_rtx.errors import RefitError, Unsupported
-from torch_rtx.ir import Attr, Graph, Parameter, TensorType, Value, Weight, contiguous
+from torch_rtx.ir import Attr, Graph, Parameter, Sym, TensorType, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.raise_quantized import scales_wait
 from torch_rtx.lowering.pipeline import PASSES, Context
 from torch_rtx.lowering.quantized import type_of
 from torch_rtx.lowering.rewrite import Rewriter
@@ -377,7 +378,8 @@ def test_convolutions_of_float8_read_float8() -> None:
     ],
 )
 def test_libraries_apply_scales_and_add_biases_before_they_round(dtype: str, kind: str, rows: int, bias: bool) -> None:
-    """But for scales of rows and columns in f16, in which they have no such product, and of few rows."""
+    """But for scales of rows and columns in f16, in which they have no such product, and of few rows: there they write
+    sums in f16, times a power of two."""
     torch.manual_seed(0)
     channels = {"preset": "fp8", "weight": {"granularity": "channel"}}
     config = {"rows and columns": "fp8_dynamic", "columns": {"*": channels}, "whole": "fp8"}[kind]
@@ -389,11 +391,31 @@ def test_libraries_apply_scales_and_add_biases_before_they_round(dtype: str, kin
     product = next(line for line in str(module.engine.graph).splitlines() if "aten._scaled_mm.default" in line)
     assert "use_fast_accum=True" in product
     by_library = kind == "whole" or (dtype == "bf16" and rows > 3)
-    assert f": {dtype if by_library else 'f32'}[{rows}, 48] =" in product
+    assert f": {dtype if by_library else 'f16'}[{rows}, 48] =" in product
     assert ("bias=" in product) == (bias and by_library)
     exact = deepcopy(model).double()(x.double())
     error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
     assert error <= max(2 * eager, 1e-2 if dtype == "bf16" else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "terms", "columns", "f16", "bf16"),
+    [
+        (3072, 768, 768, True, True),
+        (3072, 768, 3072, True, True),  # tiles leave processors idle
+        (6304, 768, 3072, False, False),
+        (6304, 3072, 768, True, True),
+        (4096, 3072, 3072, True, False),  # libraries multiply with scales of rows faster
+        (4096, 3072, 12288, True, False),
+        ("s0", 768, 3072, False, False),
+        ("s0", 3072, 768, True, True),
+    ],
+)
+def test_scales_wait_where_that_pays(rows: int | str, terms: int, columns: int, f16: bool, bf16: bool) -> None:
+    size = Sym(rows) if isinstance(rows, str) else rows
+    for dtype, late in (("f16", f16), ("bf16", bf16)):
+        out = Value("out", TensorType(dtype, (size, columns), (columns, 1)))
+        assert scales_wait(out, (terms, columns)) == late
 
 
 @torch.no_grad()

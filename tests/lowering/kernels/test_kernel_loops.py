@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from tests.lowering.kernels.kernel_bodies import body, check, random_tensor
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.families.loop import FAMILY
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, repeated_configs
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.rows import PERSISTENT
-from torch_rtx.targets import Target
+from torch_rtx.targets import Target, arch_of
 
 SOURCES = Path(__file__).with_name("sources")
 BODIES = {
@@ -375,6 +377,56 @@ def test_a_warp_of_its_own_reads_the_weights_of_a_row() -> None:
     assert loop_configs(region(body(text)))[0] != few  # of so few rows
     assert loop_configs(region(body(text.replace("6,", "6000,"))))[0] == few
     assert "weight + (R) + tl.zeros([4, 128], tl.int32)" in check(text, loop_kernel, few).source
+
+
+SCALED = """
+x: f16[ROWS, 3, SIZE]
+columns: f32[SIZE]
+rows: f32[ROWS, 3, 1]
+bias: f16[SIZE]
+s: f32[ROWS, 3, SIZE] = mul.Tensor(self=x, other=columns)
+t: f32[ROWS, 3, SIZE] = mul.Tensor(self=s, other=rows)
+u: f32[ROWS, 3, SIZE] = add.Tensor(self=t, other=bias)
+y: f32[ROWS, 3, SIZE] = layer_norm.default(input=u, normalized_shape=[SIZE])
+size: f32[ROWS, 3, SIZE] = abs.default(self=y)
+most: f32[ROWS, 3, 1] = amax.default(self=size, dim=[-1], keepdim=True)
+q: f32[ROWS, 3, SIZE] = div.Tensor(self=y, other=most)
+return most, q
+"""
+
+
+@pytest.mark.parametrize("size", [64, 384, 1152])
+def test_rows_of_a_program_share_what_repeats_along_them(size: int) -> None:
+    text = SCALED.replace("ROWS", "4").replace("SIZE", str(size))
+    usual = loop_configs(region(body(text)))[0]
+    for sharing in (2, 3):
+        config = replace(usual, rows=2 if usual.rows > 1 else 1, sharing=sharing)
+        source = check(text, loop_kernel, config).source
+        tiles = size // config.elements if config.held else 1
+        assert [source.count(f"tl.load({name} ") for name in ("columns", "bias")] == [tiles, tiles]
+        assert source.count("tl.load(x ") == sharing * tiles
+    with pytest.raises(Unsupported, match="beside each other"):
+        loop_kernel(region(body(text)), "kernel", replace(usual, rows=1, sharing=5))
+
+
+def test_programs_have_several_rows_where_caches_are_read_less() -> None:
+    """Vectors of float32 beside one tensor of halves, not beside several, and not where rows are few or long."""
+    for rows, size, wanted in ((1024, 3072, True), (1024, 12288, False), (64, 3072, False), (1025, 3072, False)):
+        found = region(body(SCALED.replace("ROWS", str(rows)).replace("SIZE", str(size))))
+        usual, *_ = loop_configs(found)
+        configs = FAMILY.configs(found, arch_of(90))
+        assert (configs[0] == replace(usual, sharing=2)) == wanted
+        assert configs[int(wanted)] == usual
+
+
+def test_warps_with_rows_of_their_own_read_four_floats_each() -> None:
+    """Beside vectors of float32; those of halves are loads of eight."""
+    text = SCALED.replace("ROWS", "1024").replace("SIZE", "768")
+    for floats in (True, False):
+        found = region(body(text if floats else text.replace("columns: f32", "columns: f16")))
+        usual, *_ = loop_configs(found)
+        assert usual == LoopConfig(4, 256, 4, held=True)
+        assert FAMILY.configs(found, arch_of(90))[0] == (replace(usual, elements=128) if floats else usual)
 
 
 def test_one_element_is_read_for_a_tile_of_masks() -> None:

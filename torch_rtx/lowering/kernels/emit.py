@@ -76,6 +76,7 @@ class Emitter:
         reduced: operand and position of each reduction computed so far; see `loops`.
         anchored: the accumulator for a `Load` with `anchor` set, by position; see `matmul_template`.
         operations: how many a program executes for each element of a tile, by the axes of the tile.
+        loads: the axes that each address in memory depends on, of every tensor that is read.
         spread: the axis along which loads are of whole tiles, of several rows: Triton may lay a tile of one row out in
             another way, and then moves its elements between threads.
     """
@@ -89,6 +90,7 @@ class Emitter:
         self.looped = ""  # the variable of the current loop
         self.spread = ""
         self.operations: Counter[Axes] = Counter()
+        self.loads: dict[tuple[Load, Index], Axes] = {}
         self._varying: dict[str, Axes] = {}
         self._count = self._values = self._depth = 0
 
@@ -210,7 +212,7 @@ class Emitter:
     def memory(self, tensor: Load, position: Position, conditions: tuple[Operand, ...], dtype: str) -> Operand:
         """A masked load, converted to `dtype`; 0 where a condition does not hold."""
         address = linear(position, tensor.strides)
-        axes = self.varies(address)
+        axes = self.loads[tensor, address] = self.varies(address)
         masks = [*self._masks(axes), *conditions]
         wide = frozenset(self.axes) if self.spread in axes else axes.union(*(mask.axes for mask in masks))
         place = self._pointer(tensor.name, address)

@@ -63,6 +63,7 @@ from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 from torch_rtx.targets import ALIGNMENT
 
 X, R = "X", "R"
+Reduced = dict[Tensor, tuple[Operand, Position]]
 TILE = 1024  # elements of a default tile
 # Rows whose tiles are all in registers. Up to so many elements belong to a single warp, which waits for no other.
 OF_WARP = 1024
@@ -85,13 +86,20 @@ def _{kind}(a, b):
 class LoopConfig:
     """The tile, [rows, elements of a row], and Triton's number of warps. With `repeated`, the rows are those of
     `repeated_rows`, and each block of a row has programs of its own. With `held`, all tiles of a row, whose size is a
-    multiple of theirs, are in registers at once."""
+    multiple of theirs, are in registers at once. A program has `sharing` tiles of rows beside each other, which share
+    what repeats along rows, such as the weights of a norm, and what is read for these."""
 
     rows: int
     elements: int
     num_warps: int
     repeated: bool = False
     held: bool = False
+    sharing: int = 1
+
+    @property
+    def program_rows(self) -> int:
+        """The rows of a program."""
+        return self.rows * self.sharing
 
 
 @lru_cache(maxsize=1024)
@@ -183,7 +191,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """
     writer = LoopWriter(region, config or _best_config(region))
     lines = writer.write()
-    programs = dim_expr("*", writer.pieces, blocks(writer.count, writer.config.rows))
+    programs = dim_expr("*", writer.pieces, blocks(writer.count, writer.config.program_rows))
     return assemble(region, name, lines, programs, writer.config.num_warps, writer.num_stages, writer.functions)
 
 
@@ -197,7 +205,7 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[PartFunction, Dim
     source = part_source(region, writer.write(), writer.functions)
     pointers = tuple(type_.dtype for type_ in region.memory_types)
     aligned = config.repeated or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
-    shape = config.rows, writer.pieces, aligned
+    shape = config.program_rows, writer.pieces, aligned
     return PartFunction(source, pointers, config.num_warps, writer.num_stages, *shape), writer.count
 
 
@@ -248,11 +256,16 @@ class LoopWriter:
         self.is_looped = (
             not self.is_pointwise and not config.held and (size is None or size > config.elements * self.pieces)
         )
-        self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
+        known, apart = self.rows.count.number, [tile * config.rows for tile in range(config.sharing)]
+        last = self.rows.count - constant(apart[-1]) if known else self.rows.count
+        self.x, self.r = variable(X, last), variable(R, self.rows.size)
+        # The rows of each tile, and its reductions so far.
+        self.tiles: list[tuple[Index, Reduced]] = [(self.x + constant(start), {}) for start in apart]
         # Where the tiles of a row begin that are in registers at once.
         self.starts = range(0, size, config.elements) if size and config.held else range(1)
-        known = self.rows.count.number
-        full = not count and known is not None and known % config.rows == 0
+        full = not count and known is not None and known % config.program_rows == 0
+        if config.sharing > 1 and (not full or self.is_looped or self.is_pointwise):
+            raise Unsupported("rows beside each other that are not all in registers")
         axes = [Axis(X, config.rows, "" if full else "in_x")]
         if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
@@ -283,7 +296,7 @@ class LoopWriter:
         """All lines of the kernel."""
         emitter, config = self.emitter, self.config
         side = "" if self.is_pointwise else "[:, None]"
-        lines = [f"{X} = {self.program}{self.cast} * {config.rows} + tl.arange(0, {config.rows}){side}"]
+        lines = [f"{X} = {self.program}{self.cast} * {config.program_rows} + tl.arange(0, {config.rows}){side}"]
         if emitter.axes[X].mask:
             lines.append(f"in_x = {X} < {self.limit}")
         if not self.is_pointwise and not self.is_looped:
@@ -295,9 +308,10 @@ class LoopWriter:
                 self._reduce_at_once(reduction)
             if any(self._width(output) not in (ONE, self.rows.size) for output in self.region.outputs):
                 raise Unsupported("rows of different sizes at once")
-            for tile, element in enumerate(self._tiles()):
-                outputs = enumerate(self.region.outputs)
-                self._store([at for at, output in outputs if tile == 0 or self._width(output) != ONE], element)
+            for _ in self._each_of_rows():
+                for tile, element in enumerate(self._tiles()):
+                    outputs = enumerate(self.region.outputs)
+                    self._store([at for at, output in outputs if tile == 0 or self._width(output) != ONE], element)
         if emitter.has_pairs:
             half = emitter.axes[emitter.paired].block // 2
             first = f"{self.program}{self.cast} * {half} + " if self.is_pointwise else ""
@@ -310,6 +324,12 @@ class LoopWriter:
         return lines + ([f"in_r = {R} < {width or self.rows.size}"] if self.emitter.axes[R].mask else [])
 
     # ---- reductions --------------------------------------------------------------------------------------------------
+
+    def _each_of_rows(self) -> Iterator[None]:
+        """Each tile of rows: what is written in its turn is of these."""
+        for x, reduced in self.tiles:
+            self.x, self.emitter.reduced = x, reduced
+            yield
 
     def _tiles(self) -> Iterator[Index]:
         """The elements of a row that the tiles in registers have: all, in one tile, or those of each of several."""
@@ -338,10 +358,19 @@ class LoopWriter:
         return text
 
     def _reduce_at_once(self, reduction: Reduce) -> None:
+        tiles = [self._combined(reduction) for _ in self._each_of_rows()]
+        for found, _ in zip(tiles, self._each_of_rows(), strict=True):
+            self._reduce_tile(reduction, found)
+
+    def _combined(self, reduction: Reduce) -> str:
+        """The tiles that a row has, as one."""
         first, *others = (self._masked(reduction, self._source(reduction, element)) for element in self._tiles())
         combine, found = template(REDUCTIONS[reduction.kind].combine), first
         for other in others:
             found = self.emitter.assign(combine.format(found, other), frozenset((X, R))).text
+        return found
+
+    def _reduce_tile(self, reduction: Reduce, found: str) -> None:
         if isinstance(reduction, Scan):
             own = reduction.kind in OWN_SCANS
             text = (

@@ -47,6 +47,8 @@ CONVOLUTIONS += ("aten.convolution.default",)
 MIN_TERMS, MAX_TERMS, MIN_COLUMNS = 16, 1 << 15, 8
 FLOAT8_MULTIPLE = 16  # of terms and columns in `_scaled_mm`
 LEAST_ROWS = 16  # of a product with scales for each
+# Of products whose scales are left to what reads them, see `scales_wait`; in FLOP.
+MANY_TERMS, SMALL_WORK, LARGE_WORK = 2048, 20e9, 40e9
 
 
 def raise_quantized(graph: Graph, infer: Inference) -> Graph:
@@ -221,7 +223,7 @@ def _float8_product(
     each = [one for one in (*a.scales, *b.scales) if isinstance(one, Value) and type_of(one).shape]
     given: dict[str, Attr] = {"self": _rows(operands, a.data), "mat2": matrix}
     dtype = type_of(out).dtype
-    is_late = bool(each) and dtype in HALVES and sizes[1] <= sizes[0]
+    is_late = bool(each) and dtype in HALVES and scales_wait(out, sizes)
     by_row = None
     if each and dtype == "bf16" and not (is_late and _is_read_by_loop(operands, node)):
         by_row = _by_row(operands, factors, out)
@@ -248,9 +250,8 @@ def _half_product(
     terms: int,
 ) -> Value:
     """A product whose sums are written in f16, times a power of two with which the largest one fits. Libraries write
-    these faster than sums in f32, and than those in bf16 with scales of rows. Scales and the bias are for whatever
-    reads the result, which takes longer for that by each element. So it pays where a sum has many terms, at least as
-    many as there are columns.
+    these faster than sums in f32, and in most sizes than those in bf16 with scales of rows. Scales and the bias are for
+    whatever reads the result, see `scales_wait`.
 
     The sums have the bits of the result, or more. Those below the normal numbers of f16 are from operands whose
     elements all are tiny beside the largest number of their dtype, which is what one element of a row is scaled to.
@@ -267,6 +268,22 @@ def _half_product(
     else:
         scales.append(4.0**half)
     return _finished(operands, _shaped(operands, total, out), tuple(scales), bias, out)
+
+
+def scales_wait(out: Value, sizes: tuple[int, int]) -> bool:
+    """A library saves more by writing sums in f16 than the reader of `out` takes longer for applying scales to each.
+
+    It does where sums have many terms, and with fewer in small products, whose tiles leave multiprocessors of a kernel
+    idle. Large products in bf16 it makes faster with scales of rows.
+
+    Args:
+        sizes: the terms of a sum, and the columns of the product.
+    """
+    terms, columns = sizes
+    rows = dim_expr("*", 1, *type_of(out).shape[:-1])
+    work = 2 * rows * terms * columns if isinstance(rows, int) else None
+    pays = terms >= min(columns, MANY_TERMS) or (work is not None and work <= SMALL_WORK)
+    return pays and (type_of(out).dtype != "bf16" or work is None or work <= LARGE_WORK)
 
 
 def _is_read_by_loop(operands: Operands, node: Node) -> bool:

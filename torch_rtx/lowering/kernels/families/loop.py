@@ -16,6 +16,7 @@ from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kern
 from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, region, tensor_type
 from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
+from torch_rtx.lowering.kernels.row_model import ranked
 from torch_rtx.lowering.kernels.split_columns import (
     PROGRAMS_PER_PROCESSOR,
     best_block,
@@ -66,7 +67,7 @@ def _configs(found: Region, arch: Arch) -> Sequence[LoopConfig]:
         loops = loop_configs(found)
     except Unsupported:
         return () if mixed and any(map(sums_rows, found.body.nodes)) else block_configs(found)
-    return [*block_configs(found), *loops] if _fills(found, arch) else loops
+    return [*block_configs(found), *loops] if _fills(found, arch) else ranked(found, loops, arch)
 
 
 def _fills(found: Region, arch: Arch) -> bool:
