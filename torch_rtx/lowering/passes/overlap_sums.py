@@ -105,11 +105,14 @@ def _sum(node: Node, product: Node) -> _Sum | None:
 
 def _by_rows(product: Node) -> bool:
     """Each row is multiplied by the same matrix, and the same vector is added to it."""
-    for name, rank in (("other", 2), ("self", 1)):
-        operand = product.arg(name) if name != ROWS[product.op] else None
-        if isinstance(operand, Value) and not (isinstance(operand.type, TensorType) and len(operand.type.shape) == rank):
-            return False
-    return True
+    ranks = {"other": 2, "self": 1}
+    ranks.pop(ROWS[product.op], None)
+    operands = ((product.arg(name), rank) for name, rank in ranks.items())
+    return all(_rank(operand) == rank for operand, rank in operands if isinstance(operand, Value))
+
+
+def _rank(value: Value) -> int:
+    return len(value.type.shape) if isinstance(value.type, TensorType) else -1
 
 
 def _start(node: Node, one: _Sum, rewriter: Rewriter) -> list[Value]:
