@@ -48,6 +48,10 @@ def test_small_sums(gpus: Ranks) -> None:
     assert replays >= 4
 
 
+def test_large_sums(gpus: Ranks) -> None:
+    assert gpus.run(collective_checks.large_sums, 12, seconds=120) == [2, 2]
+
+
 def test_a_rank_that_is_killed() -> None:
     """The other one's GPU waits in a CUDA graph. It ends soon after the timeout, and does not hang."""
     with closing(Ranks("nccl", seconds=20)) as ranks:
@@ -65,6 +69,10 @@ def test_ranks_stay_in_step(gpus: Ranks) -> None:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_divided_models(gpus: Ranks, sequence: bool) -> None:
     gpus.run(parallel_checks.inference, True, sequence, seconds=180)
+
+
+def test_dtensors_are_returned(gpus: Ranks) -> None:
+    gpus.run(parallel_checks.returned, seconds=120)
 
 
 def test_divided_training(gpus: Ranks) -> None:

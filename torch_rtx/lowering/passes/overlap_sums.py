@@ -16,7 +16,12 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, Users, rewrite, users
 
 # The operand that has the rows of the result.
-ROWS = {"aten.linear.default": "input", "aten.mm.default": "self", "aten.addmm.default": "mat1"}
+ROWS = {
+    "aten.linear.default": "input",
+    "aten.matmul.default": "self",
+    "aten.mm.default": "self",
+    "aten.addmm.default": "mat1",
+}
 VIEWS = frozenset(f"aten.{name}.default" for name in ("view", "_unsafe_view"))
 PARTS = 2
 LEAST_ROWS = 1024  # in all: the parts should still fill a GPU
@@ -83,7 +88,7 @@ def _maker(value: object, makers: dict[str, Node], readers: Users, returned: set
 def _sum(node: Node, product: Node) -> _Sum | None:
     """What is summed in parts; None if it is better summed as a whole."""
     summed = node.inputs[0].type
-    if product.op not in ROWS or not isinstance(summed, TensorType) or not _same_rows(product):
+    if product.op not in ROWS or not isinstance(summed, TensorType) or not _by_rows(product):
         return None
     type_ = product.results[0].type
     if not isinstance(type_, TensorType) or not all(isinstance(size, int) for size in type_.shape):
@@ -98,10 +103,16 @@ def _sum(node: Node, product: Node) -> _Sum | None:
     return _Sum(product, axis, type_, summed)
 
 
-def _same_rows(product: Node) -> bool:
-    """What is added to the product is added to each of its rows."""
-    added = product.arg("self") if product.op == "aten.addmm.default" else None
-    return not isinstance(added, Value) or (isinstance(added.type, TensorType) and len(added.type.shape) == 1)
+def _by_rows(product: Node) -> bool:
+    """Each row is multiplied by the same matrix, and the same vector is added to it."""
+    ranks = {"other": 2, "self": 1}
+    ranks.pop(ROWS[product.op], None)
+    operands = ((product.arg(name), rank) for name, rank in ranks.items())
+    return all(_rank(operand) == rank for operand, rank in operands if isinstance(operand, Value))
+
+
+def _rank(value: Value) -> int:
+    return len(value.type.shape) if isinstance(value.type, TensorType) else -1
 
 
 def _start(node: Node, one: _Sum, rewriter: Rewriter) -> list[Value]:
