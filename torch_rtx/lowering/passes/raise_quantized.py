@@ -48,7 +48,7 @@ MIN_TERMS, MAX_TERMS, MIN_COLUMNS = 16, 1 << 15, 8
 FLOAT8_MULTIPLE = 16  # of terms and columns in `_scaled_mm`
 LEAST_ROWS = 16  # of a product with scales for each
 # Of products whose scales are left to what reads them, see `scales_wait`; in FLOP.
-MANY_TERMS, SMALL_WORK, LARGE_WORK = 2048, 20e9, 40e9
+MANY_TERMS, SMALL_WORK, LARGE_WORK = 1280, 20e9, 40e9
 
 
 def raise_quantized(graph: Graph, infer: Inference) -> Graph:
