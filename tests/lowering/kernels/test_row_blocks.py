@@ -80,6 +80,20 @@ def layer_norm(rows: str, dtype: str = "f16") -> str:
     return text.replace("HALF", dtype)
 
 
+@pytest.mark.parametrize("rows", ["24", "29"])
+def test_tiles_are_loaded_ahead(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are reduced, and a program has more steps than that."""
+    monkeypatch.setattr(row_blocks, "TILES", ((64, 1),))
+    parts, _ = check_split(layer_norm(rows), 4, "f16").nodes
+    assert parts.body is not None
+    found = region(parts.body)
+    first, second = row_blocks.block_configs(found)
+    assert (first.ahead, second.ahead) == (row_blocks.AHEAD, 1)
+    assert "in tl.range(0, 4, 1, num_stages=3):" in row_blocks.block_kernel(found, "k", first).source
+    monkeypatch.setattr(row_blocks, "AHEAD_BYTES", 3 * 64 * (2 + 4 + 4) - 1)
+    assert [config.ahead for config in row_blocks.block_configs(found)] == [1]
+
+
 @pytest.mark.parametrize("block", [4, 6])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("rows", ["24", "3, 8", "29", "3, 7"])
