@@ -7,7 +7,8 @@ Each model exists in two sizes. `full` is the published configuration. `small` i
 layers, narrower widths or smaller images: its forward takes well under a second on one CPU core.
 
 Weights and inputs depend on the name, the size and the seed alone, so they are the same on every device; other dtypes
-hold the rounded float32 values. `gpt2`, `gpt2_prefill` and `gpt2_decode` share their weights; so do the llama models.
+hold the rounded float32 values. (A GPU draws those of the sweep's models itself, in no time.) `gpt2`, `gpt2_prefill`
+and `gpt2_decode` share their weights; so do the llama models.
 Every parameter, and every batch norm statistic, that a fresh model holds as a constant (biases, norm weights, layer
 scales) is given random values: otherwise folding them wrongly would go unnoticed.
 
@@ -16,12 +17,16 @@ Every model is captured as one graph by `torch.compile(fullgraph=True)` and by `
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 from transformers import (
     BertConfig,
     BertModel,
@@ -57,6 +62,8 @@ from benchmarks import sweep_models
 from benchmarks.diffusion import FluxTransformer, StableDiffusionUNet
 from benchmarks.sweep_table import ENTRIES
 from benchmarks.vision import BLOCKS, KINDS, MobileNetV3Large
+
+log = logging.getLogger(__name__)
 
 Size = Literal["small", "full"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -128,10 +135,12 @@ def build(
             torch.manual_seed(seed)
             model = _module(name, size, batch)
             _randomize(model)
+            if name in ENTRIES:
+                _normalize(model, *pytree.tree_map_only(Tensor, partial(_float32, device=where), (args, kwargs)))
         return _to(model, dtype, device)
 
     try:
-        return made(device), args, kwargs
+        return made(device if name in ENTRIES else "cpu"), args, kwargs
     except (RuntimeError, TypeError, ValueError):  # its code reads numbers of its tensors, which are on the CPU then
         return made("cpu"), args, kwargs
 
@@ -198,6 +207,28 @@ def _randomize(model: nn.Module) -> None:
         for keys, values, _ in model.layers():  # what a prompt would have left there, for a decode step to read
             keys.normal_()
             values.normal_()
+
+
+@torch.no_grad()
+def _normalize(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives batch norms the statistics of these inputs: with others, deep networks overflow in half precision."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    try:
+        if norms:
+            model(*args, **kwargs)
+    except ValueError as error:  # statistics of a single value: the others stay as well
+        log.info("batch norms keep random statistics: %s", error)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=1e-3)
+
+
+def _float32(tensor: Tensor, device: str | torch.device) -> Tensor:
+    return tensor.to(device, torch.float32 if tensor.is_floating_point() else None)
 
 
 def _to(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn.Module:

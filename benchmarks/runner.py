@@ -303,7 +303,8 @@ class Runner:
             self._server = forked.Server(*self.plan.preload)
         found = self._described()
         if not found and self._server is not None:
-            self.progress.line("workers are new processes: forks can't describe the environment")
+            why = self._last_words
+            self.progress.line(f"workers are new processes, as a fork can't describe the environment: {why}")
             self._server = None
             found = self._described()
         if not found:
