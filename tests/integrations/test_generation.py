@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import runpy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,16 @@ def test_a_folder_has_no_weights_and_takes_any(model: Any, engine: GenerationEng
     (tmp_path / "engine" / "decode.rtx").write_bytes((tmp_path / "engine" / "sample.rtx").read_bytes())
     with pytest.raises(EngineFormatError, match="do not generate text together"):
         GenerationEngine.load(tmp_path / "engine")
+
+
+def test_programs_of_models_that_differ_in_a_number_alone(engine: GenerationEngine) -> None:
+    """Their shapes fit each other; they would write some other text."""
+    decode, made = copy.copy(engine.decode), engine.decode.engine
+    facts = made.manifest.model["attributes"]
+    changed = {**facts, "config": {**facts["config"], "rms_norm_eps": 0.1}}
+    decode.engine = replace(made, manifest=replace(made.manifest, model={**made.manifest.model, "attributes": changed}))
+    with pytest.raises(EngineFormatError, match="do not generate text together"):
+        GenerationEngine(engine.prefill, decode, engine.sample)
 
 
 def test_large_weights_are_there_once(engine: GenerationEngine) -> None:

@@ -180,7 +180,8 @@ class GenerationEngine:
         alike = [(t.dtype, t.shape[1:]) for t in empty] == [(t.dtype, t.shape[1:]) for t in filled]
         widths = {n: known[n].shape[1] for n in WIDE if n in known and len(known[n].shape) == 2}
         fixed = {name: width for name, width in widths.items() if isinstance(width, int)}
-        if not alike or fixed.keys() != WIDE:
+        configs = [p.engine.manifest.model.get("attributes", {}).get("config") for p in (prefill, decode)]
+        if not alike or fixed.keys() != WIDE or configs[0] != configs[1]:  # such as other frequencies of positions
             hint = "use the files that one call of `save` wrote"
             raise EngineFormatError("these engines do not generate text together", hint=hint)
         self.max_cache_len, self._vocabulary = fixed["mask"], fixed["seen"]
