@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 
@@ -112,12 +111,11 @@ def raise_attention(graph: Graph, infer: Inference) -> Graph:
         found = matcher.match(node)
         if found is None:
             return False
-        before, masks = len(rewriter.nodes), dict(matcher.masks)
+        before = len(rewriter.nodes)
         try:
             rewriter.replace(node.outputs[0], _emit(found, node, matcher, rewriter))
         except Unsupported:
             del rewriter.nodes[before:]
-            matcher.masks = masks
             return False
         return True
 
@@ -130,7 +128,6 @@ class _Matcher:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.constants = graph, Constants(graph)
         self.users, self.returned = users(graph), returned(graph)
-        self.masks: dict[object, tuple[Value | None, Value | None]] = {}  # emitted: layers share theirs
 
     def producer(self, value: Attr) -> Node | None:
         """The node that computes `value`, if it has a single reader."""
@@ -493,38 +490,26 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
     dtype, numbers = _type(found.query).dtype, {fill.number for fill in found.filled}
     if any(_type(added.mask).dtype != dtype for added in found.added) or len(numbers) > 1:
         raise Unsupported("masks of other dtypes, or filled with different numbers")
-    known = (
-        tuple((one.mask.name, one.shape) for one in found.added),
-        tuple((f.mask.name, f.keeps) for f in found.filled),
-    )
-    if known not in matcher.masks:
-        matcher.masks[known] = _combined(found, emit, rewriter)
-    total, bias = matcher.masks[known]
-    zeroed = found.zeroed and all(fill.number == -math.inf for fill in found.filled)
-    hides = zeroed or matcher.leaves_a_key(found)
-    for fill in found.filled:
-        hides = hides and (fill.number == -math.inf or not found.factors)
-        hides = hides and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
-    if total is None:
-        return None
-    number = next((number for number in numbers if math.isfinite(number)), None)
-    return _Mask(total, number, hides and bias is None, bias)
-
-
-def _combined(found: _Match, emit: Callable[..., Value], rewriter: Rewriter) -> tuple[Value | None, Value | None]:
-    """Emit the masks of fills as one, and the sum of those that are added: beside these a bias, else the mask."""
     total: Value | None = None
     for added in found.added:
         term = _current(added.mask, rewriter)
         if _shape(term) != added.shape:
             term = emit("view.default", self=term, size=added.shape)
         total = term if total is None else emit("add.Tensor", self=total, other=term)
-    keeps: Value | None = None
+    bias = total if found.filled else None
+    total = None if found.filled else total
+    zeroed = found.zeroed and all(fill.number == -math.inf for fill in found.filled)
+    hides = zeroed or matcher.leaves_a_key(found)
     for fill in found.filled:
         keep = _current(fill.mask, rewriter)
         keep = keep if fill.keeps else emit("logical_not.default", self=keep)
-        keeps = keep if keeps is None else emit("bitwise_and.Tensor", self=keeps, other=keep)
-    return (total, None) if keeps is None else (keeps, total)
+        total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
+        known = fill.number == -math.inf or not found.factors
+        hides = hides and known and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
+    if total is None:
+        return None
+    number = next((number for number in numbers if math.isfinite(number)), None)
+    return _Mask(total, number, hides and bias is None, bias)
 
 
 def _lowest(dtype: str) -> float:
