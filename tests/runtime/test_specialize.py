@@ -328,6 +328,31 @@ def test_early_starts_count(background: Background, calls: float, pdl: bool, gra
     right(made, model)
 
 
+class Twice(nn.Module):
+    """Returns a view of what its last layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x)).view(-1)
+
+
+@pytest.mark.parametrize(("graphs", "kept"), [(CAPTURE, False), ("disabled", True)])
+def test_copies_of_results_count(background: Background, graphs: str, kept: bool) -> None:
+    """Calls take half of a kernel's time, but in a graph their results are copied to where the caller gets them."""
+    settings = replace(LAZY, cuda_graph_strategy=graphs)
+    made, model = session(Device(calls=0.5), background, settings, make=Twice)
+    right(made, model)
+    assert made.specializer.wait(60)
+    first, last = made.specializer.base.code.graph.nodes[:2]
+    kinds = {region.node.op: kind(region) == LIBRARY for region in made.specializer.base.regions}
+    assert kinds == {first.op: True, last.op: kept}
+    right(made, model)
+
+
 @pytest.mark.parametrize("settings", [LAZY, RuntimeSettings(specialization_strategy="eager")])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_measuring_that_changes_nothing(background: Background, settings: RuntimeSettings, dynamic: bool) -> None:

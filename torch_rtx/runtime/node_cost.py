@@ -58,7 +58,7 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
     if node.writes and node.body is None:
         target, *rest = node.inputs
         written = target if node.op == COPY else _update(node)
-        return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
+        return sum(nbytes(value, sizes) for value in rest), nbytes(written, sizes)
     if node.body is not None and has_parts(node.body) and starts(node.body):
         parts = [_traffic(part, sizes) for part in node.body.nodes]
         return sum(read for read, _ in parts), sum(written for _, written in parts)
@@ -69,15 +69,15 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
         pairs = zip(node.outputs, attr_values(node.body.outputs), strict=True)
         made = tuple(outer for outer, inner in pairs if inner.name not in begun)
     added = [_update(step) for step in body if not begun.keys().isdisjoint(value.name for value in step.results)]
-    updated = sum(_bytes(value, sizes) for value in added)
+    updated = sum(nbytes(value, sizes) for value in added)
     read = updated
     for value in dict.fromkeys(given):
         users = [step for step in body if value in step.inputs]
         gathers = [step for step in users if step.arg(GATHERS.get(operator(step.op), "")) == value]
-        whole = _bytes(value, sizes)
-        taken = [_bytes(step.outputs[0], sizes) for step in gathers]
+        whole = nbytes(value, sizes)
+        taken = [nbytes(step.outputs[0], sizes) for step in gathers]
         read += min(whole, sum(taken)) if users and len(gathers) == len(users) else whole
-    return read, updated + sum(_bytes(value, sizes) for value in made)
+    return read, updated + sum(nbytes(value, sizes) for value in made)
 
 
 def _update(node: Node) -> Value | None:
@@ -98,7 +98,7 @@ def _shape(value: object, sizes: dict[str, int]) -> list[int]:
     return [_number(dim, sizes) for dim in value.type.shape]
 
 
-def _bytes(value: Value | None, sizes: dict[str, int]) -> int:
+def nbytes(value: Value | None, sizes: dict[str, int]) -> int:
     """The size in memory, where an expanded dimension has one element."""
     if value is None or isinstance(value.type, ScalarType):
         return 0

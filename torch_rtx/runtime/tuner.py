@@ -22,7 +22,7 @@ from torch_rtx.chips import PDL_SAVES_US
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import KernelError, RtxError
 from torch_rtx.foreign import launch_in
-from torch_rtx.ir import Graph, Node, Sym, TensorType, kernel_nodes, typical_size
+from torch_rtx.ir import Graph, Node, Sym, TensorType, attr_values, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
@@ -31,6 +31,7 @@ from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
+from torch_rtx.runtime.node_cost import is_view, nbytes
 from torch_rtx.runtime.plan import TYPICAL
 from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase, region_key
 from torch_rtx.runtime.variant import PORTABLE, SPECIALIZED, Region, Variant
@@ -109,6 +110,26 @@ class Tuner:
     def pool(self) -> InputPool:
         """What all timed runs read; the tuner, and so this memory, lives as long as one step."""
         return InputPool(self.of.device)
+
+    @cached_property
+    def returned(self) -> frozenset[str]:
+        """The values whose memory the graph returns, by name: its results, and what these are views of."""
+        found = {value.name for value in attr_values(self.graph.outputs)}
+        for node in reversed(self.graph.nodes):
+            if is_view(node) and not found.isdisjoint(value.name for value in node.results):
+                found.add(node.inputs[0].name)
+        return frozenset(found)
+
+    def copied_us(self, region: Region) -> float:
+        """Microseconds, per node of a region, of copying what the graph returns of it: a CUDA graph does, unless a
+        kernel writes that, which replays tell where."""
+        if self.of.settings.cuda_graph_strategy == "disabled":
+            return 0.0
+        nodes = [node for node in self.graph.nodes if node.op in region.ops]
+        results = [value for node in nodes for value in node.results if value.name in self.returned]
+        chip = self.context.database.chip
+        copies = [chip.launch + 2 * nbytes(value, self.sizes) / (chip.memory * 1e3) for value in results]
+        return sum(copies) / max(len(nodes), 1)
 
     def check(self, node: Node, tactics: Mapping[str, LoadedTactic] | None = None) -> CandidateCheck:
         """A check of tactics of a kernel node, which has numbers for all sizes; `tactics`: see `CandidateCheck`."""
@@ -284,6 +305,7 @@ class Measurements:
     Attributes:
         times: microseconds, by the name of the tactic.
         pdl_kernels: by the same names, how many kernels use PDL in a CUDA graph. Measuring runs without it.
+        called: the names of those whose results are no kernel's.
         loaded: by the same names, the candidates with their ranks.
         ranks: of all candidates that were tried.
     """
@@ -292,6 +314,7 @@ class Measurements:
         self.tuner, self.region = tuner, region
         self.times: dict[str, float] = {}
         self.pdl_kernels: dict[str, int] = {}
+        self.called: set[str] = set()
         self.loaded: dict[str, tuple[LoadedTactic, int]] = {}
         self.ranks: set[int] = set()
         self._kinds: Counter[str] = Counter()
@@ -352,6 +375,10 @@ class Measurements:
         self.times[name] = self.tuner.context.time(check.runs(code, self.tuner.pool))
         kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
         self.pdl_kernels[name] = sum(bool(kernels[node.op].pdl_functions) for node in nodes if node.kind == "kernel")
+        results = {value.name for value in attr_values(code.graph.outputs)}
+        makers = [node for node in nodes if not results.isdisjoint(value.name for value in node.results)]
+        if any(node.kind != "kernel" for node in makers):
+            self.called.add(name)
 
     def select(self) -> None:
         """Use the fastest tactic, or the one that another rank found to be, and store the choice."""
@@ -359,7 +386,12 @@ class Measurements:
             return
         database, key = self.tuner.context.database, self.region.key
         saved_us = 0.0 if self.tuner.of.settings.cuda_graph_strategy == "disabled" else PDL_SAVES_US
-        best = min(self.times, key=lambda name: self.times[name] - saved_us * self.pdl_kernels[name])
+        copied_us = self.tuner.copied_us(self.region)
+
+        def in_graph(name: str) -> float:
+            return self.times[name] - saved_us * self.pdl_kernels[name] + copied_us * (name in self.called)
+
+        best = min(self.times, key=in_graph)
         _, rank = self.loaded.get(best, (None, None))
         own = Choice(best, rank, dict(self.times))
         choice = database.agreed(key, own)
