@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+from torch._library.fake_class_registry import FakeScriptObject
 
 from tests.backend.graphs import FAKES, Spec, build, canonical, key_of, reordered, specs
 from tests.helpers.caching import Keys
@@ -334,6 +335,25 @@ def test_what_has_no_name_has_no_key() -> None:
             walk(target, 1)
     with pytest.raises(Uncacheable, match="the higher-order operator triton_kernel_wrapper_mutation"):
         walk(triton_kernel_wrapper_mutation, 1)
+
+
+def test_an_object_that_no_call_reads_may_be_any_one() -> None:
+    """Such as the mesh of a DTensor, which is an input of the graph beside its part."""
+
+    def key(read: bool) -> object:
+        graph = torch.fx.Graph()
+        x, mesh = graph.placeholder("x"), graph.placeholder("mesh")
+        x.meta["val"], mesh.meta["val"] = FAKES["f32"], FakeScriptObject.__new__(FakeScriptObject)
+        given = (x, mesh) if read else (x,)
+        graph.output((graph.call_function(torch.ops.aten.relu.default, given), mesh))
+        hasher = fx_hash.GraphHasher(
+            torch.fx.GraphModule({}, graph), fx_hash.SharedTables(fx_hash.Symbols(torch.device("cpu")))
+        )
+        return hasher.types, hasher.records
+
+    assert key(False) == key(False)
+    with pytest.raises(Uncacheable, match="an object, mesh, which a call of the graph reads"):
+        key(True)
 
 
 def test_reading_before_and_after_a_write() -> None:

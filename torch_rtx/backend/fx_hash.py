@@ -27,6 +27,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._library.fake_class_registry import FakeScriptObject
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_rtx.backend.compiler import named_targets
@@ -292,7 +293,16 @@ class GraphHasher:
         self.numbers[node] = b"%d" % len(self.nodes)
         self.nodes.append(node)
         value = node.meta.get("val", MISSING)
-        self.types.append(self.tensor(value) if type(value) is FakeTensor else self.value(value))
+        if node.op == "placeholder" and isinstance(value, FakeScriptObject):
+            self.types.append(self._object(node))
+        else:
+            self.types.append(self.tensor(value) if type(value) is FakeTensor else self.value(value))
+
+    def _object(self, placeholder: fx.Node) -> object:
+        """An object that no call reads, such as the mesh of a DTensor, may be any one."""
+        if all(user.op == "output" for user in placeholder.users):
+            return b"object"
+        raise Uncacheable(f"an object, {placeholder.name}, which a call of the graph reads")
 
     def _visit(self, roots: list[fx.Node], after: dict[fx.Node, int]) -> None:
         """Number and encode each root in post-order; iterative, since graphs are deeper than Python's stack."""
