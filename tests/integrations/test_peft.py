@@ -272,6 +272,56 @@ def test_layers_that_are_not_merged() -> None:
         assert tuners(model) == [model.blocks[0]]
 
 
+class Divided(nn.Linear):
+    """A layer with parts, as quantized ones are: it is not merged."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.part = nn.Identity()
+
+
+def test_layers_that_are_not_merged_have_the_scale_of_all_adapters() -> None:
+    model = Net().eval()
+    model.blocks[0] = Divided()
+    add(model, "one")
+    adapters, scaling = MergedAdapters(model), [dict(tuner.scaling) for tuner in tuners(model)]
+    assert adapters.update(0.3)
+    with adapters.hidden(0.3):
+        scaled = model(X)
+    assert [tuner.scaling for tuner in tuners(model)] == scaling
+    activate(model, "one", scale=0.3)
+    torch.testing.assert_close(scaled, model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_peft_can_not_merge(caplog: pytest.LogCaptureFixture) -> None:
+    """They run themselves, and those that it can merge do not."""
+    model = Net().eval()
+    add(model, "one", ["blocks.0", "blocks.1"], lora_bias=True)  # the first has no bias
+    adapters = MergedAdapters(model)
+    for _ in range(2):
+        adapters.update()
+        with adapters.hidden():
+            assert tuners(model) == [model.blocks[0]]
+            found = model(X)
+        torch.testing.assert_close(found, model(X), rtol=1e-4, atol=1e-4)
+        for tuner in tuners(model):
+            tuner.lora_A["one"].weight.mul_(2)
+    assert caplog.text.count("around '0' is not merged") == 1
+
+
+def test_adapters_that_are_another_layer() -> None:
+    """PEFT merges them by an exchange: the model has its own layer again afterwards."""
+    model = Net().eval()
+    peft.inject_adapter_in_model(peft.LNTuningConfig(target_modules=["blocks.0"]), model, "one")
+    (tuner,), plain = tuners(model), model.blocks[0].base_layer
+    tuner.ln_tuning_layers["one"].weight.data.mul_(3)
+    adapters = MergedAdapters(model)
+    for _ in range(2):
+        torch.testing.assert_close(call(adapters, model), model(X))
+        assert (tuner.base_layer, tuner.merged) == (plain, False)
+        tuner.ln_tuning_layers["one"].weight.data.mul_(2)
+
+
 def test_an_engine_takes_merged_weights() -> None:
     """Without them, it would compute as if there were no adapters."""
     model = Net().eval()

@@ -290,6 +290,25 @@ def test_bodies_and_recipes_are_checked() -> None:
             check(*lines)
 
 
+def test_equal_calls_are_checked_once_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model's layers are. The calls on the way to the 20th are no others."""
+    layers = [f"v{i}: f32[n] = extern aten.relu.default(self={f'v{i - 1}' if i else 'x'})" for i in range(20)]
+    checked = []
+    found = check(
+        "dim n = 1, None, 1", "input x: f32[n]", *layers, "y: f32[n] = extern aten.neg.default(self=v19)", "return [y]"
+    )
+    monkeypatch.setattr(FileCheck, "_check", lambda self, node, sizes: checked.append(node.op))
+    found.at({"n": 7})
+    assert checked == ["aten.relu.default", "aten.neg.default"]
+    wrong = (
+        "v19: f32[(n + 1)] = extern aten.relu.default(self=v18)",
+        "y: f32[(n + 1)] = extern aten.neg.default(self=v19)",
+    )
+    monkeypatch.undo()
+    with pytest.raises(EngineFormatError, match="relu.default of v19: it returns"):
+        check("dim n = 1, None, 1", "input x: f32[n]", *layers[:-1], *wrong, "return [y]")
+
+
 def test_sizes_are_checked_when_they_are_met() -> None:
     """A type that is right for all sizes but one."""
     pad = "extern aten.constant_pad_nd.default(self=x, pad=[0, 4])"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from copy import copy
 from operator import attrgetter
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ class MergedAdapters:
         self._parts: list[dict[str, nn.Module | None]] = []
         self._children: list[list[nn.Module | None]] = []
         self._layers: list[_Layer] = []
+        self._others: list[Any] = []  # layers of PEFT that run themselves
+        self._refused: WeakSet[Any] = WeakSet()  # those of them that PEFT can't merge, as a merge has shown
         self._holders: list[dict[str, Any]] = []  # `parameters()` takes too long for each call
         self._tensors: list[torch.Tensor] = []
         self._places: list[int] = []  # the ids of these, and their addresses
@@ -87,7 +90,7 @@ class MergedAdapters:
         elif self._watch is not None and self._watch.changed():
             changed = self._taken()
         self._merge(changed, scale)
-        return bool(self._layers)
+        return bool(self._layers or self._others)
 
     def launch(self) -> None:
         """Begin to compare the values of adapters on a device, before a call."""
@@ -102,13 +105,22 @@ class MergedAdapters:
         return True
 
     @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """The model is without layers of PEFT, and has the merged weights."""
+    def hidden(self, scale: float = 1.0) -> Iterator[None]:
+        """The model is without layers of PEFT, and has the merged weights. Layers that are not merged are there.
+
+        Args:
+            scale: that of `update`, for those.
+        """
+        given = [(tuner, tuner.scaling) for tuner in self._others if scale != 1 and _scaling(tuner)]
         try:
             for layer in self._layers:
                 layer.hide()
+            for tuner, scaling in given:
+                tuner.scaling = {name: each * scale for name, each in scaling.items()}
             yield
         finally:
+            for tuner, scaling in given:
+                tuner.scaling = scaling
             for layer in reversed(self._layers):
                 layer.show()
 
@@ -119,7 +131,7 @@ class MergedAdapters:
     def _find(self) -> None:
         kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
         known = {id(layer.tuner): layer for layer in self._layers}
-        self._parts, self._layers = [], []
+        self._parts, self._layers, self._others = [], [], []
         pending, seen = [self._model], {id(self._model)}
         while pending:
             module = pending.pop()
@@ -127,8 +139,11 @@ class MergedAdapters:
             if parts or isinstance(module, nn.ModuleDict):  # where PEFT adds and replaces layers
                 self._parts.append(parts)
             for name, child in parts.items():
-                if isinstance(child, kind) and _is_mergeable(child):
-                    self._layers.append(_Layer(parts, name, child, known.get(id(child))))
+                if isinstance(child, kind):
+                    if _is_mergeable(child) and child not in self._refused:
+                        self._layers.append(_Layer(parts, name, child, known.get(id(child))))
+                    else:
+                        self._others.append(child)
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     pending.append(child)
@@ -150,7 +165,15 @@ class MergedAdapters:
                 layer.merged = None
         for layer in self._layers:  # if one fails, the next call merges it and those after it
             if layer.merged != (scale, layer.state()):
-                layer.merge(scale)
+                try:
+                    layer.merge(scale)
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    log.warning("a %s is not merged, and each set of its adapters is compiled: %s", layer, error)
+                    self._refused.add(layer.tuner)
+        if any(layer.tuner in self._refused for layer in self._layers):
+            self._find()
 
 
 class _Layer:
@@ -187,9 +210,8 @@ class _Layer:
         return self._state(self.tuner)
 
     def scaling(self) -> dict[str, Any]:
-        """The scales of adapters by name; some are tensors."""
-        scaling = getattr(self.tuner, "scaling", None)
-        return scaling if isinstance(scaling, dict) else {}
+        """See `_scaling`."""
+        return _scaling(self.tuner)
 
     def merge(self, scale: float) -> None:
         """Compute the parameters that calls meet."""
@@ -216,7 +238,13 @@ class _Layer:
             if scale != 1 and scaling:
                 tuner.scaling = {name: each * scale for name, each in scaling.items()}
             tuner.merge()
+            if tuner.base_layer is not self._base:  # some kinds put a layer of their own there
+                for name, value in tuner.base_layer._parameters.items():
+                    if name in self.own:
+                        self.own[name].copy_(value)
         finally:
+            if tuner.base_layer is not self._base:
+                tuner.unmerge()
             tuner.merged_adapters.clear()
             if scaling:
                 tuner.scaling = scaling
@@ -225,6 +253,9 @@ class _Layer:
             if own.data_ptr() != memory[name].data_ptr():  # some kinds of adapters put a new tensor there
                 memory[name].copy_(own.data)
                 own.data = memory[name]
+
+    def __str__(self) -> str:
+        return f"{type(self.tuner).__name__} around {self._name!r}"
 
     def hide(self) -> None:
         """Put the base in the place of this layer, with the merged weights."""
@@ -236,6 +267,12 @@ class _Layer:
         """Undo `hide`."""
         self._base._parameters.update(self._given)
         self._parts[self._name] = self.tuner
+
+
+def _scaling(tuner: Any) -> dict[str, Any]:
+    """The scales of adapters by name; some are tensors."""
+    scaling = getattr(tuner, "scaling", None)
+    return scaling if isinstance(scaling, dict) else {}
 
 
 def _is_tensor(value: object) -> bool:

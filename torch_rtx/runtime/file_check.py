@@ -75,6 +75,10 @@ class FileCheck:
         self.graph, self.device = graph, device
         self.trusted = frozenset(trusted_ops)
         self._known: set[object] = set()  # keys of calls that are right
+        alike: dict[object, Node] = {}  # the layers of a model have the same calls, of which one is checked for a size
+        for node in calls(graph):
+            alike.setdefault(_form(node), node)
+        self._calls = tuple(alike.values())
         unknown = [op for op in needs_trust(graph) if op not in self.trusted]
         if unknown:
             names = ", ".join(f'"{op}"' for op in unknown)
@@ -100,7 +104,7 @@ class FileCheck:
         """
         samples = self._samples(sizes)
         with light_meta():
-            for node in calls(self.graph):
+            for node in self._calls:
                 self._check_for_one(node, samples)
 
     def _check_for_one(self, node: Node, samples: Sequence[Sizes]) -> None:
@@ -386,6 +390,19 @@ def _key(attr: Attr, sizes: Sizes) -> object:
     if isinstance(attr, Sym | Expr):
         return _numbers((attr,), sizes)
     return type(attr), attr
+
+
+def _form(node: Node) -> object:
+    """What a check of a call depends on, besides sizes of symbols."""
+    results = tuple([None if value is None else value.type for value in node.outputs])
+    return node.kind, node.op, tuple([(name, _shown(attr)) for name, attr in node.args]), results
+
+
+def _shown(attr: Attr) -> object:
+    """An argument in `_form`: of a value its type."""
+    if isinstance(attr, Value):
+        return attr.type
+    return tuple(map(_shown, attr)) if isinstance(attr, tuple) else (type(attr), attr)
 
 
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
