@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.export import Dim
 
 import torch_rtx
@@ -60,6 +63,19 @@ def make(mesh: DeviceMesh) -> torch.nn.Module:
 def make_by_vocabulary(mesh: DeviceMesh) -> torch.nn.Module:
     with torch.device("meta"):
         return divided(Model(), mesh, vocabulary=True)
+
+
+def make_on_two_dimensions(mesh: DeviceMesh) -> torch.nn.Module:
+    with torch.device("meta"):
+        layer = torch.nn.Linear(8, 8)
+    return parallelize_module(layer, mesh["tp"], ColwiseParallel(output_layouts=Replicate()))
+
+
+def test_engines_for_a_mesh_of_two_dimensions() -> None:
+    """Its rows are equal to DTensor, and have process groups of their own."""
+    options: dict[str, Any] = {"mesh": {"dp": 2, "tp": 2}, "device": "cpu"}
+    (engine,) = torch_rtx.compile_ranks(make_on_two_dimensions, (torch.zeros(2, 8),), **options)
+    assert engine.manifest.groups == {"tp": {"size": 2, "rank": None}}
 
 
 def an_engine_for_all_ranks(ranks: Ranks, folder: Path) -> None:

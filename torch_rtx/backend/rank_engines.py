@@ -63,10 +63,13 @@ def compile_ranks(
 
 
 def _become(rank: int, mesh: Mapping[str, int]) -> None:
-    """Make this process a rank whose collectives do nothing."""
+    """Make this process a rank whose collectives do nothing. DTensor remembers what operations result in, and with it
+    a mesh, which is equal to that of other ranks, but has their process groups."""
+    from torch.distributed.tensor import debug
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it declares the backend
 
     size = math.prod(mesh.values())
+    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
