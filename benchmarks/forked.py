@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -69,6 +72,24 @@ class Server:
         with self._starting:
             process.start()
         return Forked(process)
+
+
+def is_spoilt_by(module: str, spoilt: Callable[[], bool]) -> bool:
+    """Whether `spoilt` holds after an import, or the import ends the process: a fork tries it."""
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            import_module(module)
+        os._exit(spoilt())
+    return os.waitpid(child, 0)[1] != 0
+
+
+def is_cuda_in_use() -> bool:
+    """The process has begun to use CUDA, which its forks can't do then."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0
+    except OSError:  # there is no driver
+        return False
 
 
 def _work(job: str, events: str, log: str, environment: dict[str, str]) -> None:

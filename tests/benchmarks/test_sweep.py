@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,17 @@ def test_a_forked_worker(tmp_path: Path) -> None:
         assert made.last_words() == "KeyError: 'workload'"
     finally:
         made.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_imports_that_spoil_a_process_are_known_before() -> None:
+    def loaded() -> bool:
+        return "this" in sys.modules
+
+    assert forked.is_spoilt_by("this", loaded)
+    assert not forked.is_spoilt_by("json", loaded)
+    assert not forked.is_spoilt_by("no_such_module", loaded)
+    assert not loaded()
 
 
 def test_a_model_has_a_limit(made: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
