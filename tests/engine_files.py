@@ -131,8 +131,8 @@ class Parts:
                 **sizes,
             }
             spans = (entry.get("data_offsets") for entry in table.values() if isinstance(entry, dict))
-            end = max((span[1] for span in spans if isinstance(span, list) and len(span) == 2), default=0)
-            end = end if isinstance(end, int) else 0
+            ends = (span[1] for span in spans if isinstance(span, list) and len(span) == 2)
+            end = max((one for one in ends if isinstance(one, int)), default=0)
             entry = {"dtype": "U8", "shape": [len(stored)], "data_offsets": [end, end + len(stored)]}
             table, data = {**table, PROGRAM: entry}, data + stored
         digests = {"header_digest": "0" * 64, "data_digest": hashlib.sha256(data).hexdigest()}
