@@ -91,7 +91,7 @@ def interleaved(
         counts[name] = calls_per_turn(warm_up(call, device))
     clocks = ("device_ms", "host_ms", "wall_ms") if device == "cuda" else ("wall_ms",)
     times: dict[str, dict[str, list[list[float]]]] = {name: {clock: [] for clock in clocks} for name in calls}
-    with undisturbed():
+    with undisturbed(device):
         for _, name in turns(list(calls), rounds):
             begin(name)
             call, count = calls[name], counts[name]

@@ -25,7 +25,7 @@ def measure(job: Job, out: Reporter) -> None:
         replays = {name: replay for name, call in prepared.items() if (replay := _bare_replay(call)) is not None}
         times: dict[str, list[list[float]]] = {name: [] for name in calls}
         bare: dict[str, list[list[float]]] = {name: [] for name in replays}
-        with timing.undisturbed():
+        with timing.undisturbed(job.device):
             for _, name in timing.turns(list(calls), job.rounds):
                 out.begin(name, "measure")
                 times[name].append(timing.host_us(calls[name], CALLS, job.device))

@@ -265,7 +265,7 @@ def measure(
     stage("measuring latency")
     _repeat(lambda: _finished(made[0], device), 3, warmup)
     single: list[tuple[float, float]] = []
-    with undisturbed():
+    with undisturbed(device):
         _repeat(lambda: single.append(alone(made[0], lambda: _synchronize(device))), iterations, duration)
         stage("measuring throughput")
         per_call, throughput = _in_rows(made, device, iterations, duration, warmup)

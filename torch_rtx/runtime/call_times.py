@@ -19,9 +19,13 @@ SETS = 4  # sets of inputs that calls rotate among: of none is more in the cache
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """No garbage collection in between, if there was any before; on a GPU, the process is as after a longer run."""
-    _launch_on_streams()
+def undisturbed(device: Any) -> Iterator[None]:
+    """No garbage collection in between, if there was any before; on a GPU, the process is as after a longer run.
+
+    Args:
+        device: that of the calls, as PyTorch names it.
+    """
+    _launch_on_streams(str(device))
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -33,8 +37,8 @@ def undisturbed() -> Iterator[None]:
 
 
 @cache
-def _launch_on_streams() -> None:
-    """Launch a kernel on many streams, once per process.
+def _launch_on_streams(device: str) -> None:
+    """Launch a kernel on many streams, once per process and GPU.
 
     When kernels have run on 16 streams, the driver makes each kernel of a CUDA graph 0.18 us slower until the process
     ends (H200, CUDA 13.0): 9 % of a small model. Which figure a process would see depends on what ran before, be it
@@ -42,11 +46,11 @@ def _launch_on_streams() -> None:
     """
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.device(device).type == "cuda":
         for _ in range(STREAMS):
-            with torch.cuda.stream(torch.cuda.Stream()):
-                torch.ones(1, device="cuda")
-        torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                torch.ones(1, device=device)
+        torch.cuda.synchronize(device)
 
 
 def alone(call: Call, synchronize: Call) -> tuple[float, float]:
