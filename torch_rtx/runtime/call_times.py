@@ -46,7 +46,7 @@ def _launch_on_streams(device: str) -> None:
     """
     import torch
 
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and torch.cuda.is_initialized():
         for _ in range(STREAMS):
             with torch.cuda.stream(torch.cuda.Stream(device)):
                 torch.ones(1, device=device)
