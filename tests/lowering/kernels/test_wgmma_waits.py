@@ -85,7 +85,7 @@ def overwritten(sass: str) -> list[str]:
     return list(found)
 
 
-@pytest.mark.parametrize("case", ["many rows of bytes", "joined, few steps"])
+@pytest.mark.parametrize("case", ["many rows of bytes", "stacked bytes"])
 def test_no_register_in_flight_is_written(case: str) -> None:
     text, config = CASES[case]
     kernel = gemm_kernel(region(body(case_text(text, "bf16"), "bf16")), "k", config)
