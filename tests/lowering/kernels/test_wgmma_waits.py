@@ -33,6 +33,13 @@ def test_a_group_of_the_iteration_before_is_waited_for() -> None:
     assert waited(TRITON) == [*TRITON[:load], NONE, *TRITON[load:]]
 
 
+def test_copies_are_one_register() -> None:
+    """Also one that is made after a wait: ptxas gives both the same register."""
+    lines = ["$L__BB0_1:", "cvt.u32.u16 %r13, %rs1;", FIRST, COMMIT, ONE, "mov.b32 %r3, %r13;", SECOND, COMMIT, ONE]
+    lines.append("@%p7 bra \t$L__BB0_1;")
+    assert waited(lines) == [lines[0], NONE, *lines[1:]]
+
+
 def test_newer_groups_stay_in_flight() -> None:
     lines = [FIRST, COMMIT, SECOND, COMMIT, "mov.b32 %r2, 0;", "@%p1 mov.b32 %r4, 0;", NONE]
     assert waited(lines) == [*lines[:4], ONE, lines[4], NONE, *lines[5:]]

@@ -4,6 +4,9 @@
 group (PTX ISA, "Asynchronous warpgroup level matrix instructions"). Triton divides such a product in a loop into two
 groups and waits for the second one in the next iteration, which by then has unpacked its own factor into the same
 registers: some elements are products of the wrong numbers, now and then. So a wait stands before the first such write.
+
+ptxas takes a register as free once such a product has started, and makes one register of those that are copies. So what
+a product reads is a register with all its copies, whatever their order.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 Groups = tuple[frozenset[str], ...]  # of products in flight, the oldest first: the registers that they read
 _FROM_REGISTERS = re.compile(r"\bwgmma\.mma_async\.\S+\s*\{[^}]*\}\s*,\s*\{([^}]*)\}")
 _WAIT = re.compile(r"\bwgmma\.wait_group\.sync\.aligned\s+(\d+)\s*;")
+_COPY = re.compile(r"^\s*mov\.b32\s+(%\w+), (%\w+);", re.MULTILINE)
 _LABEL = re.compile(r"^(\$\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
 _RESULTS = re.compile(r"^\s*(?:@!?%\w+\s+)?(?!st\b|red\b)[a-z][\w.:]*\s+(?:\{([^}]*)\}|(%\w+(?:\|%\w+)?))\s*,")
@@ -38,6 +42,7 @@ class _Scan:
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._lines = lines
+        self._copies = _copies("".join(lines))
         self._labels = {found[1]: at for at, line in enumerate(lines) if (found := _LABEL.match(line))}
         self._jumped: dict[int, Groups] = {}  # by the line of a label: in flight at the branches to it
         self._open: frozenset[str] = frozenset()  # of products that no group has yet
@@ -51,7 +56,7 @@ class _Scan:
             if at in self._jumped:
                 groups = _either(groups, self._jumped[at])
             if found := _FROM_REGISTERS.search(line):
-                self._open |= frozenset(name.strip() for name in found[1].split(","))
+                self._open |= self._registers(found[1])
             elif "wgmma.commit_group" in line:
                 groups, self._open = (*groups, self._open), frozenset()
             elif found := _WAIT.search(line):
@@ -71,13 +76,26 @@ class _Scan:
         found = _RESULTS.match(self._lines[at])
         if found is None or not groups:
             return groups
-        names = set(re.findall(r"%\w+", found[1] or found[2]))
-        late = [index for index, read in enumerate(groups) if read & names]
+        written = self._registers(found[1] or found[2])
+        late = [index for index, read in enumerate(groups) if read & written]
         if not late:
             return groups
         pending = len(groups) - 1 - late[-1]
         self.waits[at] = min(pending, self.waits.get(at, pending))
         return _newest(groups, pending)
+
+    def _registers(self, text: str) -> frozenset[str]:
+        """The registers that are named, each by the first of its copies."""
+        return frozenset(self._copies.get(name, name) for name in re.findall(r"%\w+", text))
+
+
+def _copies(ptx: str) -> dict[str, str]:
+    """By register that is copied, or is a copy: one that stands for all of these."""
+    found: dict[str, set[str]] = {}
+    for one, other in _COPY.findall(ptx):
+        joined = found.get(one, {one}) | found.get(other, {other})
+        found |= dict.fromkeys(joined, joined)
+    return {name: min(joined) for name, joined in found.items()}
 
 
 def _newest(groups: Groups, count: int) -> Groups:
