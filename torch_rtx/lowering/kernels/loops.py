@@ -158,7 +158,7 @@ def _best_config(region: Region) -> LoopConfig:
     # threads have to synchronize on a row. Few rows, such as sums of columns, are divided among more programs.
     count = max(4 * TILE // block, min(16, 16 * TILE // block))
     if block <= MOST_OF_FEW and (rows.count.number or inf) < 2 * TYPICAL_PROCESSORS * count:
-        return LoopConfig(min(count, 16), block, 4)
+        return LoopConfig(16, block, 4)
     return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
 

@@ -12,7 +12,6 @@ a product reads is a register with all its copies, whatever their order.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 Groups = tuple[frozenset[str], ...]  # of products in flight, the oldest first: the registers that they read
 _FROM_REGISTERS = re.compile(r"\bwgmma\.mma_async\.\S+\s*\{[^}]*\}\s*,\s*\{([^}]*)\}")
@@ -27,32 +26,32 @@ def wait_for_registers(ptx: str) -> str:
     """The PTX of a kernel, with a wait before each write to registers that a product in flight may read."""
     if not _FROM_REGISTERS.search(ptx):
         return ptx
-    lines = ptx.splitlines(keepends=True)
-    waits = _Scan(lines).waits
-    inserted = {at: f"\twgmma.wait_group.sync.aligned {pending};\n" for at, pending in waits.items()}
-    return "".join(inserted.get(at, "") + line for at, line in enumerate(lines))
+    scan = _Scan(ptx)
+    inserted = {at: f"\twgmma.wait_group.sync.aligned {pending};\n" for at, pending in scan.waits.items()}
+    return "".join(inserted.get(at, "") + line for at, line in enumerate(scan.lines))
 
 
 class _Scan:
     """Follows a kernel from line to line, and each loop twice.
 
     Attributes:
+        lines: of the kernel.
         waits: by the line that a wait has to stand before: how many groups may stay in flight.
     """
 
-    def __init__(self, lines: Sequence[str]) -> None:
-        self._lines = lines
-        self._copies = _copies("".join(lines))
-        self._labels = {found[1]: at for at, line in enumerate(lines) if (found := _LABEL.match(line))}
+    def __init__(self, ptx: str) -> None:
+        self.lines = ptx.splitlines(keepends=True)
+        self._copies = _copies(ptx)
+        self._labels = {found[1]: at for at, line in enumerate(self.lines) if (found := _LABEL.match(line))}
         self._jumped: dict[int, Groups] = {}  # by the line of a label: in flight at the branches to it
         self._open: frozenset[str] = frozenset()  # of products that no group has yet
         self.waits: dict[int, int] = {}
-        self._follow(0, len(lines), ())
+        self._follow(0, len(self.lines), ())
 
     def _follow(self, start: int, end: int, groups: Groups) -> Groups:
         """What is in flight after these lines, if `groups` are before them."""
         for at in range(start, end):
-            line = self._lines[at]
+            line = self.lines[at]
             if at in self._jumped:
                 groups = _either(groups, self._jumped[at])
             if found := _FROM_REGISTERS.search(line):
@@ -73,7 +72,7 @@ class _Scan:
 
     def _written(self, at: int, groups: Groups) -> Groups:
         """What is in flight after an instruction that writes registers."""
-        found = _RESULTS.match(self._lines[at])
+        found = _RESULTS.match(self.lines[at])
         if found is None or not groups:
             return groups
         written = self._registers(found[1] or found[2])

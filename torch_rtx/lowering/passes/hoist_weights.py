@@ -64,7 +64,7 @@ def _divided(graph: Graph, source: dict[str, Weight], given: set[str]) -> tuple[
         needed = frozenset[str]().union(*(origins.get(value.name, ()) for value in node.inputs))
         hoistable = _hoistable(node, source, made, sum(map(sizes.__getitem__, needed)))
         if hoistable and not needed and not aten.is_view(aten.overload(node.op)):
-            grown = sum(_bytes(value.type) for value in node.results) - _read_bytes(node)
+            grown = sum(_bytes(value.type) for value in node.results) - sum(_bytes(value.type) for value in node.inputs)
             free += max(grown, 0)
             hoistable = free <= GROWTH_BYTES or grown <= 0
         if hoistable:
@@ -73,10 +73,6 @@ def _divided(graph: Graph, source: dict[str, Weight], given: set[str]) -> tuple[
         if not hoistable or any(value.name in given for value in node.results):
             rest.append(node)
     return made, rest
-
-
-def _read_bytes(node: Node) -> int:
-    return sum(_bytes(value.type) for value in node.inputs)
 
 
 def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
