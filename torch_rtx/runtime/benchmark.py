@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 Run = Callable[[], object]
-RUNS = 32  # in a row
-# Fewer, where the device is busy for long with each: so many milliseconds of a row show as much.
-FEWEST_RUNS, ROW_MS = 8, 8.0
+RUNS = 32  # in a row, or as many as take ROUND_US, but LEAST: of long ones, fewer are as exact
+ROUND_US, LEAST = 1e4, 3
 CYCLES_PER_S = 2e9  # of a device, roughly
 MAX_DELAY_S = 0.05  # by which a stream is held back
 
@@ -29,34 +27,26 @@ def host_us(runs: Sequence[Run]) -> float:
 def device_us(runs: Sequence[Run]) -> float:
     """Microseconds of one run on the current stream of the current device, without the host's time to launch it: a
     delay on the stream outlasts the queueing of all runs."""
-    alone = [_timed(runs[:1]) for _ in range(3)]  # the first one warms up
-    row = row_of(*map(min, zip(*alone, strict=True)))
-    order = [runs[index % len(runs)] for index in range(row)]
-    _, host_s = _timed(order)
-    delay_s = min(2 * host_s, MAX_DELAY_S)
-    return 1000 * min(_timed(order, delay_s)[0] for _ in range(3)) / row
-
-
-def row_of(ms: float, host_s: float) -> int:
-    """How many runs a row has, if one alone takes so long on the device, and the host so long to queue it."""
-    if ms < 2e3 * host_s:  # the device may have waited for the host
-        return RUNS
-    return min(max(math.ceil(ROW_MS / ms), FEWEST_RUNS), RUNS)
-
-
-def _timed(runs: Sequence[Run], delay_s: float = 0.0) -> tuple[float, float]:
-    """Milliseconds of a row of runs on the device, and seconds of the host, after a delay of the stream."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if delay_s:
-        torch.cuda._sleep(int(delay_s * CYCLES_PER_S))
-    start.record()
+    runs[0]()
+    count = min(RUNS, max(LEAST, int(ROUND_US / _us(runs[:1]))))
+    order = [runs[index % len(runs)] for index in range(count)]
     begin = time.perf_counter()
+    for run in order:
+        run()
+    delay_s = min(2 * (time.perf_counter() - begin), MAX_DELAY_S)
+    return min(_us(order, delay_s) for _ in range(3)) / count
+
+
+def _us(runs: Sequence[Run], delay_s: float = 0.0) -> float:
+    """Microseconds on the current stream from the first to the last of `runs`, which begin after a delay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(delay_s * CYCLES_PER_S))
+    start.record()
     for run in runs:
         run()
-    host_s = time.perf_counter() - begin
     end.record()
     end.synchronize()
-    return start.elapsed_time(end), host_s
+    return 1000 * float(start.elapsed_time(end))
 
 
 def timer(device: torch.device) -> Callable[[Sequence[Run]], float]:

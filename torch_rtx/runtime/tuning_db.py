@@ -60,6 +60,9 @@ class Compiler(Protocol):
         """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
         `chip`. `artefacts` gets the stages of its kernels, whose products of float32 are as exact as `float32` says."""
 
+    def begin(self, bodies: Bodies, sm: int, chip: Chip | None = None, float32: Float32 = EXACT) -> None:
+        """Begin to compile what `build` is about to be asked for, and do not wait."""
+
 
 class TuningDatabase:
     """Candidates and choices for one SM version.
@@ -145,6 +148,13 @@ class TuningDatabase:
                 value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
                 self._store.put(KERNEL, self._key(f"{key} {first}"), value)
         return found
+
+    def begin(self, wanted: Bodies) -> None:
+        """Begin to compile what `candidates` is about to be asked for, and do not wait."""
+        keys = {key: self._key(f"{key} {first}") for key, (_, first) in wanted.items()}
+        missing = [key for key in wanted if self._store is None or self._store.get(KERNEL, keys[key]) is None]
+        if missing and not self._artefacts:  # which may override what is compiled
+            self._compiler.begin({name_of(key): wanted[key] for key in missing}, self.sm, self.chip, self.float32)
 
     def _shipped(self, wanted: Bodies) -> dict[str, Candidate]:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
