@@ -33,6 +33,7 @@ from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
 from torch_rtx.runtime.node_cost import is_view, nbytes
 from torch_rtx.runtime.plan import TYPICAL
+from torch_rtx.runtime.shared_tuning import SharedTuning
 from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase, region_key
 from torch_rtx.runtime.variant import PORTABLE, SPECIALIZED, Region, Variant
 from torch_rtx.settings import RuntimeSettings
@@ -159,8 +160,28 @@ class Tuner:
         """Measure tactics and swap the code; follows `compile`, for a variant without symbols."""
         with undisturbed(self.of.device), _own_stream(self.of.device):
             regions = [region for region in self.variant.regions if is_measurable(region.body)]
-            self.tune([region for region in regions if not self.compare(region)])
+            regions = [region for region in regions if not self.compare(region)]
+            self.share([region for region in regions if region.choice is None and not region.body.syms])
             self.swap()
+
+    def share(self, regions: Sequence[Region]) -> None:
+        """Measure regions together with the other ranks, and use what these have found for their part."""
+        database, limit = self.context.database, self.of.settings.tuning_seconds
+        by_name, end = {database.named(region.key): region for region in regions}, time.monotonic() + limit
+        shared = SharedTuning(list(by_name))
+        while taken := shared.take():
+            try:
+                self.tune([by_name[name] for name in taken], end)
+            finally:
+                shared.give(taken)
+        others = [by_name[name] for name in shared.heard(limit, self.context.background.step)]
+        try:
+            self.specialize(others)
+        except KernelError as error:
+            warn_once(f"what other ranks have measured is not used: {error}")
+        for region in others:
+            if region.choice is not None:
+                database.remember(region.key, region.choice)
 
     def regions(self) -> Iterator[Region]:
         """The regions, inner ones first."""
@@ -262,10 +283,10 @@ class Tuner:
         measured.use_fastest()
         return bool(measured.times)
 
-    def tune(self, regions: Sequence[Region]) -> None:
-        """Measure regions without a choice, rank by rank until the time is up, and use the fastest tactic of each."""
-        work, end = self.variant.work, time.monotonic() + self.of.settings.tuning_seconds
-        measured = {r.key: Measurements(self, r) for r in regions if r.choice is None and not r.body.syms}
+    def tune(self, regions: Sequence[Region], end: float) -> None:
+        """Measure regions, rank by rank until `end`, and use the fastest tactic of each."""
+        work = self.variant.work
+        measured = {region.key: Measurements(self, region) for region in regions}
         open_ = dict(measured)
         try:
             for rank in count():

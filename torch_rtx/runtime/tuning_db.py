@@ -199,7 +199,7 @@ class TuningDatabase:
         """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""
         stored = None if self._store is None else self._store.get(TACTIC, self._key(key))
         if stored is None:
-            heard = said(self._named(key))
+            heard = said(self.named(key))
             return None if heard is None else _choice(heard)
         found = _choice(stored)
         return None if found is None else self.agreed(key, found)
@@ -207,9 +207,9 @@ class TuningDatabase:
     def agreed(self, key: str, choice: Choice) -> Choice:
         """The choice of the first rank for a region, which may be this one: all run the same kernels, so that what they
         all compute stays the same, bit for bit."""
-        return _choice(agreed(self._named(key), _written(choice))) or choice
+        return _choice(agreed(self.named(key), _written(choice))) or choice
 
-    def _named(self, key: str) -> str:
+    def named(self, key: str) -> str:
         """The name of a region among ranks, which may have different GPUs: these order tactics differently."""
         gpu = hashlib.sha256(repr(self._sheet).encode()).hexdigest()[:8]
         return f"tactic {self.sm} {gpu} {self._key(key)}"
