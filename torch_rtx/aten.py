@@ -294,16 +294,17 @@ def _attention_partial(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention to a range of the keys, before the division by the sum of the weights, in float32: the weighted sums of
-    values, the largest score m of each query, and the sums of the weights exp(score - m). Where every score is minus
-    infinity, m is finite and all weights are 0."""
-    scores = query.float() @ key.float().mT * scale
+    """Attention to a range of the keys, before the division by the sum of the weights, in float32 or wider: the
+    weighted sums of values, the largest score m of each query, and the sums of the weights exp(score - m). Where every
+    score is minus infinity, m is finite and all weights are 0."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).mT * scale
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
     largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = (scores - largest).exp()
-    return weights @ value.float(), largest, weights.sum(-1, keepdim=True)
+    return weights @ value.to(wide), largest, weights.sum(-1, keepdim=True)
 
 
 def _attention(
