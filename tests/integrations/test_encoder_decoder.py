@@ -11,6 +11,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+import torch_rtx  # noqa: E402
 from torch_rtx.errors import EngineFormatError, InputError, SettingsError  # noqa: E402
 from torch_rtx.integrations.generation import GenerationEngine  # noqa: E402
 from torch_rtx.integrations.transformers import (  # noqa: E402
@@ -199,6 +200,30 @@ def test_tokens_are_streamed_and_drawn(writer: GenerationEngine) -> None:
     assert torch.equal(text(3, top_k=1), text(0, do_sample=False))
     often = [text(seed, temperature=9.0)[4:] for seed in range(8)]
     assert not torch.isin(torch.cat(often), torch.tensor([4, 6])).any()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """By library calls, by kernels, and by CUDA graphs."""
+    sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    heard, read = tiny("Whisper", **sizes).cuda(), tiny("T5").cuda()
+    writer = export_generate(heard, max_cache_len=PLACES, batch_size=(1, 2), source=sounds(1).cuda())
+    translator = export_generate(read, max_cache_len=PLACES, batch_size=(1, 2), source=SOURCE)
+    writer.save(tmp_path)
+    loaded = GenerationEngine.load(tmp_path, weights=heard, trust_binaries=True)
+    for again in range(3):
+        for source in (sounds(1, 3).cuda(), sounds(2, 4).cuda()):
+            begin = ASKED.cuda().expand(len(source), -1)
+            for rules in ({}, {"suppress_tokens": [4, 6], "begin_suppress_tokens": [12]}):
+                wanted = expected(heard, source, begin, eos_token_id=None, **rules)
+                for engine in (writer, loaded):
+                    given = {"decoder_input_ids": begin, "max_new_tokens": 8, "eos_token_id": None, **rules}
+                    assert torch.equal(engine.generate(source, **given), wanted), again
+        for ids in (TEXT.cuda(), PADDED.cuda(), TEXT[:, :2].cuda()):
+            mask = (ids != PAD).long()
+            wanted = expected(read, ids, attention_mask=mask, eos_token_id=None)
+            assert torch.equal(translator.generate(ids, mask, max_new_tokens=8, eos_token_id=None), wanted), again
+        torch_rtx.wait()
 
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
