@@ -66,6 +66,10 @@ def test_sizes_and_adapters(name: str, blocks: bool, tmp_path: Path) -> None:
             for size, result in zip(sizes, results, strict=True):
                 close(images(pipe, size), result)
             pipe.unload_lora_weights()
+        for hotswap, (path, results) in enumerate([*zip(paths, adapted, strict=True)] * 2):
+            pipe.load_lora_weights(path, adapter_name="one", hotswap=bool(hotswap))
+            close(images(pipe, sizes[0]), results[0])
+        pipe.unload_lora_weights()
         for size, plain in zip(sizes, expected, strict=True):
             close(images(pipe, size), plain)
         assert graphs() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_fo
 
 import torch_rtx  # noqa: E402
 from torch_rtx.integrations.peft import MergedAdapters, merged  # noqa: E402
+from torch_rtx.runtime.watch import Watch  # noqa: E402
 
 
 class Net(nn.Module):
@@ -63,10 +65,12 @@ def activate(model: nn.Module, *names: str, scale: float = 1.0) -> None:
 
 
 def call(adapters: MergedAdapters, model: nn.Module, scale: float = 1.0) -> torch.Tensor:
-    adapters.update(scale)
-    with adapters.hidden():
+    def run() -> torch.Tensor:
         assert not tuners(model)
         return model(X)
+
+    adapters.update(scale)
+    return adapters.run(run, scale)
 
 
 def state(model: nn.Module) -> list[tuple[str, int, torch.Tensor]]:
@@ -134,14 +138,18 @@ def test_all_adapters_are_removed() -> None:
     assert torch.equal(call(adapters, model), plain)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "beside"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_hotswap(padded: bool) -> None:
-    """It writes through `.data`, also to scales where these are tensors."""
+def test_hotswap(padded: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes through `.data`, also to scales where these are tensors. On a device values are compared beside the
+    call, which then runs again."""
+    monkeypatch.setattr("torch_rtx.integrations.peft.Watch", partial(Watch, beside=late))
     other = Net().eval()
     add(other, "one", rank=4 if padded else 2, lora_alpha=5)
     swapped = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
     config = other.peft_config["one"]
     model = Net().eval()
+    plain = model(X)
     adapters = MergedAdapters(model)
     add(model, "one")
     if padded:
@@ -151,10 +159,16 @@ def test_hotswap(padded: bool) -> None:
     result = call(adapters, model)
     assert not torch.equal(result, before)
     torch.testing.assert_close(result, model(X), rtol=1e-4, atol=1e-4)
+    assert torch.equal(call(adapters, model), result)
     hotswap_adapter_from_state_dict(model, {n: t * 0.5 for n, t in swapped.items()}, "one", config)
     add(model, "two")  # the tensors that are compared are others as well
     activate(model, "one", scale=1.0)
     torch.testing.assert_close(call(adapters, model), model(X), rtol=1e-4, atol=1e-4)
+    hotswap_adapter_from_state_dict(model, swapped, "one", config)
+    assert torch.equal(call(adapters, model), result)
+    for tuner in tuners(model):
+        tuner.enable_adapters(False)
+    assert torch.equal(call(adapters, model), plain)  # nothing was written to the model's own weights
 
 
 def base(tuner: Any) -> torch.Tensor:

@@ -181,10 +181,7 @@ class _Forward(_Replaced):
             if engine:
                 self._attach()
             if found:
-                with self._adapters.hidden(scale):
-                    self._adapters.launch()
-                    result = self._run(*args, **rest)
-                    return self._run(*args, **rest) if self._adapters.wait(scale) else result
+                return self._adapters.run(partial(self._run, *args, **rest), scale)
         return self._run(*args, **rest)
 
     def _attach(self) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from torch_rtx.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _ADDRESS = torch.Tensor.data_ptr
 
 
@@ -92,17 +93,24 @@ class MergedAdapters:
         self._merge(changed, scale)
         return bool(self._layers or self._others)
 
-    def launch(self) -> None:
-        """Begin to compare the values of adapters on a device, before a call."""
-        if self._watch is not None:
-            self._watch.launch()
+    def run(self, call: Callable[[], T], scale: float = 1.0) -> T:
+        """What `call` returns for the model without layers of PEFT and with the merged weights; to be used after
+        `update`. Values of adapters on a device are compared beside the call. If one had changed unseen, it is merged
+        then, and the call runs again.
 
-    def wait(self, scale: float = 1.0) -> bool:
-        """End the comparison. True: a value had changed unseen, and is merged now; repeat the call."""
+        Args:
+            scale: that of `update`.
+        """
+        with self.hidden(scale):
+            if self._watch is not None:
+                self._watch.launch()
+            result = call()
+        # Not within the block: merging needs the model's own layers and weights.
         if self._watch is None or not self._watch.wait():
-            return False
+            return result
         self._merge(self._taken(everything=True), scale)
-        return True
+        with self.hidden(scale):
+            return call()
 
     @contextmanager
     def hidden(self, scale: float = 1.0) -> Iterator[None]:

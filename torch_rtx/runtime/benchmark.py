@@ -28,7 +28,7 @@ def device_us(runs: Sequence[Run]) -> float:
     """Microseconds of one run on the current stream of the current device, without the host's time to launch it: a
     delay on the stream outlasts the queueing of all runs."""
     runs[0]()
-    count = min(RUNS, max(LEAST, int(ROUND_US / _us(runs[:1]))))
+    count = min(RUNS, max(LEAST, int(ROUND_US / max(_us(runs[:1]), 1.0))))
     order = [runs[index % len(runs)] for index in range(count)]
     begin = time.perf_counter()
     for run in order:
