@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,17 +25,25 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store of two ranks, which are threads."""
     found = torch.distributed.HashStore()
     monkeypatch.setattr(ranks, "shared_store", lambda: found)
-    monkeypatch.setattr(ranks, "place", lambda: (HERE.rank, 2))
+    monkeypatch.setattr(ranks, "place", lambda: (HERE.rank, getattr(HERE, "size", 2)))
     return found
 
 
-def shared(rank: int) -> SharedTuning:
-    HERE.rank = rank
+def shared(rank: int, size: int = 2) -> SharedTuning:
+    HERE.rank, HERE.size = rank, size
     return SharedTuning(NAMES)
 
 
 def never() -> None:
     raise Stopped
+
+
+def _one_at_a_time(call: Callable[..., Any], lock: threading.Lock) -> Callable[..., Any]:
+    def locked(*args: Any) -> Any:
+        with lock:
+            return call(*args)
+
+    return locked
 
 
 @pytest.mark.quick
@@ -46,26 +55,35 @@ def test_without_other_ranks_one_measures_all() -> None:
 @pytest.mark.quick
 def test_each_rank_measures_a_part(store: Any) -> None:
     first, second = shared(0), shared(1)
-    assert (first.take(), second.take()) == (["a", "b"], ["c", "d", "e"])
-    first.give(["a", "b"])
+    assert (first.take(), second.take()) == (["a", "b", "c"], ["d", "e"])
+    first.give(["a", "b", "c"])
     assert (first.take(), second.take()) == ([], [])
-    assert second.heard(60, never) == ["a", "b"]
+    assert sorted(second.heard(60, never)) == ["a", "b", "c"]
     with pytest.raises(Stopped):  # the process ends while it waits
         first.heard(60, never)
     assert first.heard(0, lambda: None) == []  # as if the other rank had ended
-    second.give(["c", "d", "e"])
-    assert first.heard(60, never) == ["c", "d", "e"]
+    second.give(["d", "e"])
+    assert first.heard(60, never) == ["d", "e"]
 
 
 @pytest.mark.quick
 def test_nobody_waits_for_a_rank_that_comes_late_or_never(store: Any) -> None:
     first = shared(0)
-    assert (first.take(), first.take(), first.take()) == (["a", "b"], ["c", "d", "e"], [])
+    assert (first.take(), first.take(), first.take()) == (["a", "b", "c"], ["d", "e"], [])
     assert first.heard(60, never) == []
     late = shared(1)
-    assert late.take() == []
+    assert (late.take(), late.take()) == ([], [])
     first.give(NAMES)
-    assert late.heard(60, never) == NAMES
+    assert sorted(late.heard(60, never)) == NAMES
+
+
+@pytest.mark.quick
+def test_there_are_more_ranks_than_regions(store: Any) -> None:
+    all_ranks = [shared(rank, 8) for rank in range(8)]
+    assert sorted(one.take() for one in all_ranks)[3:] == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert [one.take() for one in all_ranks] == [[]] * 8
+    all_ranks[0].give(NAMES)
+    assert {len(one.heard(60, never)) for one in all_ranks} == {4, 5}
 
 
 def test_two_ranks_use_the_same_tactics(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +91,9 @@ def test_two_ranks_use_the_same_tactics(store: Any, monkeypatch: pytest.MonkeyPa
     both = threading.Barrier(2)
     place = ranks.place
     monkeypatch.setattr(ranks, "place", lambda: (both.wait(60), place())[1])
-    devices = [Device(calls=0.5), Device(calls=2.0)]
+    devices, building = [Device(calls=0.5), Device(calls=2.0)], threading.Lock()
+    for device in devices:  # each rank has a process for it
+        monkeypatch.setattr(device, "build", _one_at_a_time(device.build, building))
     backgrounds = [Background(), Background()]
     made = [session(device, background) for device, background in zip(devices, backgrounds, strict=True)]
     for rank, background in enumerate(backgrounds):

@@ -1,7 +1,7 @@
 """One background thread per process, which compiles and measures while the program makes calls.
 
-It runs jobs in order. A second phase of a job (`later`) runs only when no job is waiting, so that no model waits for
-its first kernels while those of another are measured. Jobs are cooperative: between steps they ask whether the process
+It runs jobs in order. Further phases of a job (`later`) run only when no job is waiting, so that no model waits for its
+first kernels while those of another are measured. Jobs are cooperative: between steps they ask whether the process
 ends. At its end `stop` closes whatever a job may be waiting for, so that nothing hangs. A job keeps its `Work` up to
 date, which says what is left of it; `wait` and the log tell the sum.
 """
@@ -104,7 +104,7 @@ class _Entry:
     number: int
     job: Job | None = field(default=None, compare=False)
     done: threading.Event = field(default_factory=threading.Event, compare=False)
-    later: Job | None = field(default=None, compare=False)
+    later: tuple[Job, ...] = field(default=(), compare=False)
 
 
 FIRST, LATER, LAST = range(3)  # ranks
@@ -124,7 +124,7 @@ def attempt(job: Job) -> bool:
 
 
 class Background:
-    """A thread that runs jobs in the order of their submission, and then their second phases."""
+    """A thread that runs jobs in the order of their submission, then all their second phases, and so on."""
 
     def __init__(self) -> None:
         self._jobs: queue.PriorityQueue[_Entry] = queue.PriorityQueue()
@@ -140,12 +140,12 @@ class Background:
         self._pauses = 0  # contexts in `paused`
         self.stopping = False
 
-    def submit(self, job: Job, done: threading.Event, later: Job | None = None, work: Work | None = None) -> None:
-        """Queue `job`, and `later` to follow once no other job waits. Failures are logged.
+    def submit(self, job: Job, done: threading.Event, *later: Job, work: Work | None = None) -> None:
+        """Queue `job`, and what is to follow `later`, each once no other job waits. A failure is logged, and ends it.
 
         Args:
-            done: set when both have run or failed, or will never run.
-            work: what both have to do, which they keep up to date.
+            done: set when all have run, or one has failed, or they will never run.
+            work: what they have to do, which they keep up to date.
         """
         with self._lock:
             if self.stopping:
@@ -216,8 +216,9 @@ class Background:
             except BaseException as error:  # this thread has no caller to pass it on to
                 log.warning("specialization was ended by %r", error)
             finally:
-                if ran and entry.later is not None:
-                    jobs.put(_Entry(LATER, next(self._numbers), entry.later, entry.done))
+                if ran and entry.later:
+                    job, *later = entry.later
+                    jobs.put(_Entry(LATER, next(self._numbers), job, entry.done, tuple(later)))
                 else:
                     if jobs.empty():
                         log.info("%s", NOTHING)

@@ -7,12 +7,12 @@ runs another program, leaves its part to the others, and nobody waits for it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from math import ceil
 
 from torch_rtx.runtime import ranks
 
-POLL_S = 0.05  # between questions whether another rank is through
+POLL_S = 0.2  # between questions whether another rank is through
 
 
 class SharedTuning:
@@ -23,27 +23,22 @@ class SharedTuning:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._left = list(names)
+        rank, size = ranks.place()
+        start = rank * len(names) // size
+        self._left = deque([*names[start:], *names[:start]])
+        self._rank, self._size = str(rank), max(-(-len(names) // size), 1)
         self._others: list[str] = []
-        self._rank, self._ranks = ranks.place()
-        count = len(names)
-        self._own = names[self._rank * count // self._ranks : (self._rank + 1) * count // self._ranks]
 
     def take(self) -> list[str]:
-        """The names of what this rank measures next; none: all is measured or begun. `give` has to follow."""
-        while self._left:
-            begun = {name: owner for name in self._left if (owner := ranks.said(_owner(name))) is not None}
-            free = [name for name in self._left if name not in begun]
-            own = [name for name in free if name in self._own]
-            self._own = ()
-            wanted = own or free[: ceil(len(free) / len({*begun.values(), str(self._rank)}))]
-            owners = begun | {name: ranks.agreed(_owner(name), str(self._rank)) for name in wanted}
-            self._left = [name for name in self._left if name not in owners]
-            taken = [name for name in wanted if owners[name] == str(self._rank)]
-            self._others += [name for name in owners if name not in taken]
-            if taken:
-                return taken
-        return []
+        """The names of what this rank measures next, each time twice as many; none: all is measured or begun. `give`
+        has to follow."""
+        taken = list[str]()
+        while self._left and len(taken) < self._size:
+            name = self._left.popleft()
+            ours = ranks.agreed(f"{name} is measured by", self._rank) == self._rank
+            (taken if ours else self._others).append(name)
+        self._size *= 2
+        return taken
 
     def give(self, names: Sequence[str]) -> None:
         """Tell the other ranks that these are measured, as far as they will be."""
@@ -61,10 +56,6 @@ class SharedTuning:
                 time.sleep(POLL_S)
             found.append(name)
         return found
-
-
-def _owner(name: str) -> str:
-    return f"{name} is measured by"
 
 
 def _done(name: str) -> str:

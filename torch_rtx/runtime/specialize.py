@@ -155,18 +155,16 @@ class Specializer:
         assert self.context is not None
         if strategy != "eager":
             for variant, sizes in started:
-                compile_, measure = self._steps(variant, sizes)
+                first, *later = self._steps(variant, sizes)
                 # Kernels are named by their bodies: equal ones are compiled and measured once.
                 count = len({node.op for node in kernel_nodes(self.graph)})
-                tactics = 0 if measure is None else MEASURED_OF_A_KIND * count
+                tactics = MEASURED_OF_A_KIND * count if later else 0
                 variant.work = Work(count, tactics, self.tuned.settings.tuning_seconds)
-                self.context.background.submit(compile_, variant.done, measure, variant.work)
+                self.context.background.submit(first, variant.done, *later, work=variant.work)
             return
         try:
             for variant, sizes in started:
-                compile_, measure = self._steps(variant, sizes)
-                if attempt(compile_) and measure is not None:
-                    attempt(measure)
+                all(map(attempt, self._steps(variant, sizes)))  # none after one that fails
         except BaseException:  # Ctrl-C: the next call starts over
             with self._lock:
                 self._by_key, self.is_met = {}, False
@@ -176,10 +174,10 @@ class Specializer:
             for variant, _ in started:
                 variant.done.set()
 
-    def _steps(self, variant: Variant, sizes: Mapping[str, int]) -> tuple[Step, Step | None]:
-        """The two steps that tune a variant: the first is urgent, the second runs when no first step is queued."""
-        compile_ = partial(_step, weakref.ref(self), variant, sizes, Tuner.compile)
-        return compile_, None if sizes else partial(_step, weakref.ref(self), variant, sizes, Tuner.measure)
+    def _steps(self, variant: Variant, sizes: Mapping[str, int]) -> list[Step]:
+        """The steps that tune a variant: the first is urgent, the others run when no first step is queued."""
+        steps = [Tuner.compile] if sizes else [Tuner.compile, Tuner.measure, Tuner.hear]
+        return [partial(_step, weakref.ref(self), variant, sizes, step) for step in steps]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until specialization is done; False after `timeout` seconds."""

@@ -157,31 +157,36 @@ class Tuner:
             variant.ready = not self.generic
 
     def measure(self) -> None:
-        """Measure tactics and swap the code; follows `compile`, for a variant without symbols."""
+        """Measure tactics and swap the code; follows `compile`, for a variant without symbols. Other ranks measure some
+        of the regions, see `hear`."""
         with undisturbed(self.of.device), _own_stream(self.of.device):
             regions = [region for region in self.variant.regions if is_measurable(region.body)]
             regions = [region for region in regions if not self.compare(region)]
-            self.share([region for region in regions if region.choice is None and not region.body.syms])
+            regions = [region for region in regions if region.choice is None and not region.body.syms]
+            by_name = {self.context.database.named(region.key): region for region in regions}
+            self.variant.shared = shared = SharedTuning(list(by_name))
+            end = time.monotonic() + self.of.settings.tuning_seconds
+            while taken := shared.take():
+                try:
+                    self.tune([by_name[name] for name in taken], end)
+                finally:
+                    shared.give(taken)
             self.swap()
 
-    def share(self, regions: Sequence[Region]) -> None:
-        """Measure regions together with the other ranks, and use what these have found for their part."""
-        database, limit = self.context.database, self.of.settings.tuning_seconds
-        by_name, end = {database.named(region.key): region for region in regions}, time.monotonic() + limit
-        shared = SharedTuning(list(by_name))
-        while taken := shared.take():
-            try:
-                self.tune([by_name[name] for name in taken], end)
-            finally:
-                shared.give(taken)
-        others = [by_name[name] for name in shared.heard(limit, self.context.background.step)]
-        try:
-            self.specialize(others)
-        except KernelError as error:
-            warn_once(f"what other ranks have measured is not used: {error}")
-        for region in others:
-            if region.choice is not None:
-                database.remember(region.key, region.choice)
+    def hear(self) -> None:
+        """Use what other ranks have measured; follows `measure`. Waits for no longer than measuring may take."""
+        database, shared = self.context.database, self.variant.shared
+        assert shared is not None
+        names = {*shared.heard(self.of.settings.tuning_seconds, self.context.background.step)}
+        regions = [region for region in self.variant.regions if database.named(region.key) in names]
+        if not regions:
+            return
+        with undisturbed(self.of.device), _own_stream(self.of.device):
+            self.specialize(regions)
+            for region in regions:
+                if region.choice is not None:
+                    database.remember(region.key, region.choice)
+            self.swap()
 
     def regions(self) -> Iterator[Region]:
         """The regions, inner ones first."""

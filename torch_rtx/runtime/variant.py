@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.background import Work
 from torch_rtx.runtime.code import Code
+from torch_rtx.runtime.shared_tuning import SharedTuning
 from torch_rtx.runtime.tuning_db import Choice
 
 REFERENCE, PORTABLE, SPECIALIZED = "reference", "portable", "specialized"  # tiers
@@ -53,6 +54,7 @@ class Variant:
         ready: only measuring may still change the code, so a CUDA graph is worth capturing.
         regions: set by the tuner.
         used: number of the last call that ran this variant, see `admission.Used`.
+        shared: what this rank has measured, and others do.
         done: set when tuning has ended.
         work: what tuning has left to do.
     """
@@ -63,5 +65,6 @@ class Variant:
     ready: bool = False
     regions: Sequence[Region] = ()
     used: int = 0
+    shared: SharedTuning | None = None
     done: threading.Event = field(default_factory=threading.Event)
     work: Work = field(default_factory=Work)
