@@ -5,7 +5,7 @@ with empty caches, and a second one that finds what the first has kept. Loading 
 
 | peer | text | images |
 |---|---|---|
-| `rtx-engine` | a `GenerationEngine`, which the second process loads | |
+| `rtx-engine` | a `GenerationEngine`, which the second process loads; that of Whisper has an encoder | |
 | `rtx` | `generate` with `CompileConfig(backend="rtx")` | `accelerate(pipe)` |
 | `rtx-blocks` | | `accelerate(pipe, repeated_blocks=True)` |
 | `reduce-overhead` | `generate` with a static cache, as transformers compiles it | this mode for denoiser and decoder |
@@ -65,7 +65,7 @@ class Pipeline:
 def why_not(peer: str, workload: Workload, device: str) -> str | None:
     """Why a peer can't be measured, None if it can; empty where the workload has no such peer."""
     text = workload.model in TEXT
-    if (peer.endswith("-blocks") and text) or (peer == "rtx-engine" and not workload.model.startswith("llama")):
+    if peer.endswith("-blocks") if text else peer == "rtx-engine":
         return ""
     needed = ("transformers",) if text else ("diffusers", "transformers", *["peft"] * (workload.model == "sdxl_lora"))
     missing = [name for name in needed if find_spec(name) is None]

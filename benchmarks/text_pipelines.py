@@ -58,6 +58,7 @@ WHISPER = {
 HEARD = 80, 3000  # mel bins and frames of 30 s
 START = [50258, 50259, 50359, 50363]  # Whisper's tokens before a text: English, transcribe, no timestamps
 LENGTHS = {"full": (32, 128, 512), "small": (8, 12, 32)}  # of prompts, of what follows, and of the cache
+WHISPER_PLACES = 448  # all that the model has, as an application would export it
 WHISPER_TOKENS = {"full": 100, "small": 6}
 MODES = {"rtx": "rtx", "reduce-overhead": "inductor", "max-autotune": "inductor"}
 
@@ -126,16 +127,19 @@ def _whisper(workload: Workload, device: str, dtype: torch.dtype) -> tuple[Any, 
     config = transformers.WhisperConfig(**sizes, vocab_size=51865, decoder_start_token_id=START[0])
     with torch.device(device):
         model = transformers.WhisperForConditionalGeneration(config).to(dtype).eval()
-    noise = torch.Generator().manual_seed(1)
-    heard = torch.randn(workload.batch, *HEARD, generator=noise).to(device, dtype)
     start = torch.tensor([START] * workload.batch, device=device)
     given = {
-        "input_features": heard,
+        "input_features": _sound(workload, device, dtype),
         "decoder_input_ids": start,
         "suppress_tokens": None,
         "begin_suppress_tokens": None,
     }
     return model, given, WHISPER_TOKENS[workload.size]
+
+
+def _sound(workload: Workload, device: str, dtype: torch.dtype) -> Tensor:
+    noise = torch.Generator().manual_seed(1)
+    return torch.randn(workload.batch, *HEARD, generator=noise).to(device, dtype)
 
 
 def _check(model: Any, given: dict[str, Any], asked: dict[str, Any], result: Callable[[], Tensor]) -> None:
@@ -146,8 +150,9 @@ def _check(model: Any, given: dict[str, Any], asked: dict[str, Any], result: Cal
         heard = {"input_features": given["input_features"]}
         name, start = "decoder_input_ids", given["decoder_input_ids"].shape[1]
         expected = model.generate(**asked)
-        if found.shape[1] < start + asked["max_new_tokens"]:  # some releases return the new tokens alone
-            found, expected = (torch.cat([given[name], text], 1) for text in (found, expected))
+        length = start + asked["max_new_tokens"]  # some releases return the new tokens alone
+        whole = [t if t.shape[1] == length else torch.cat([given[name], t], 1) for t in (found, expected)]
+        found, expected = whole
     else:
         heard, name, start = {}, "input_ids", given["input_ids"].shape[1]
         expected = model.generate(**asked)
@@ -192,23 +197,30 @@ def _engine(workload: Workload, device: str, dtype: torch.dtype, folder: Path, w
     """An engine of a model, or one from the files that it has kept: that needs no model."""
     from torch_rtx.integrations.generation import GenerationEngine
 
-    ids, (_, tokens, places) = _prompt(workload, device), LENGTHS[workload.size]
-    model: Any = None
+    whisper = workload.model == "whisper_small"
+    _, tokens, places = LENGTHS[workload.size]
+    given: dict[str, Any] = {"max_new_tokens": WHISPER_TOKENS[workload.size] if whisper else tokens}
+    source = _sound(workload, device, dtype) if whisper else _prompt(workload, device)
+    if whisper:
+        given["decoder_input_ids"] = torch.tensor([START] * workload.batch)
+    model, asked = None, dict[str, Any]()
     if warm:
         engine = GenerationEngine.load(folder / "engine", device=device, trust_binaries=True)
         engine.attach(_random_weights(engine, device))
     else:
         from torch_rtx.integrations.transformers import export_generate
 
-        model, _, _ = _llama(workload, device, dtype)
-        engine = export_generate(model, max_cache_len=places, batch_size=workload.batch)
-    result = partial(engine.generate, ids, max_new_tokens=tokens, eos_token_id=None)
+        model, asked, _ = (_whisper if whisper else _llama)(workload, device, dtype)
+        heard = {"source": source} if whisper else {}
+        places = WHISPER_PLACES if whisper else places
+        engine = export_generate(model, max_cache_len=places, batch_size=workload.batch, **heard)
+    result = partial(engine.generate, source, eos_token_id=None, **given)
 
     def check() -> None:
-        expected = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-        same_text(model, result(), expected, ids.shape[1], lambda one, text: one(text))
+        options = {"max_new_tokens": given["max_new_tokens"], "do_sample": False, "eos_token_id": None}
+        _check(model, asked, asked | options, result)
 
-    more = partial(_rates, engine, ids, tokens, device)
+    more = partial(_rates, engine, result, device)
     return Pipeline(result, result, check, more, lambda: engine.save(folder / "engine"))
 
 
@@ -217,7 +229,7 @@ def _random_weights(engine: Any, device: str) -> dict[str, Tensor]:
     from torch_rtx import aten
 
     weights = {}
-    for program in (engine.prefill, engine.decode):
+    for program in engine._weighted:
         for parameter in program.engine.graph.parameters:
             if not parameter.constant and parameter.name not in weights:
                 kind = {"dtype": aten.DTYPES[parameter.type.dtype], "device": device}
@@ -225,9 +237,13 @@ def _random_weights(engine: Any, device: str) -> dict[str, Tensor]:
     return weights
 
 
-def _rates(engine: Any, ids: Tensor, tokens: int, device: str) -> Iterator[dict[str, Any]]:
-    """Tokens per second of texts, prompts included, beside the steps of the decoding engine alone; and sampled."""
-    from torch_rtx.integrations.generation import Sampling
+def _rates(engine: Any, plain: Any, device: str) -> Iterator[dict[str, Any]]:
+    """Tokens per second of texts that `plain` makes, prompts included, beside the steps of the decoding engine alone;
+    and sampled."""
+    from torch_rtx.integrations.choices import Sampling
+
+    tokens = plain.keywords["max_new_tokens"]
+    prompt, _ = engine._begin(*plain.args, **plain.keywords)
 
     def per_second(call: Callable[[], Any], count: int) -> float:
         timing.synchronize(device)
@@ -240,13 +256,11 @@ def _rates(engine: Any, ids: Tensor, tokens: int, device: str) -> Iterator[dict[
         for _ in range(tokens - 1):
             engine.decode.session(state.step)
 
-    with engine._state(len(ids)) as state:
-        mask = torch.ones_like(ids)
+    with engine._state(len(prompt.ids)) as state:
         bare = []
         for _ in range(3):
-            state.start(ids, mask, mask.cumsum(1) - 1, Sampling(), None)
+            state.start(prompt, Sampling(), None)
             bare.append(per_second(steps, tokens - 1))
-    plain = partial(engine.generate, ids, max_new_tokens=tokens, eos_token_id=None)
     rate = max(per_second(plain, tokens) for _ in range(3))
     yield {"tokens_per_s": rate, "bare_steps_per_s": max(bare), "of_bare": rate / max(bare)}
     sampled = partial(plain, do_sample=True, temperature=0.8, top_k=50, top_p=0.9)

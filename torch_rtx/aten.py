@@ -294,16 +294,17 @@ def _attention_partial(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention to a range of the keys, before the division by the sum of the weights, in float32: the weighted sums of
-    values, the largest score m of each query, and the sums of the weights exp(score - m). Where every score is minus
-    infinity, m is finite and all weights are 0."""
-    scores = query.float() @ key.float().mT * scale
+    """Attention to a range of the keys, before the division by the sum of the weights, in float32 or wider: the
+    weighted sums of values, the largest score m of each query, and the sums of the weights exp(score - m). Where every
+    score is minus infinity, m is finite and all weights are 0."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).mT * scale
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
     largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = (scores - largest).exp()
-    return weights @ value.float(), largest, weights.sum(-1, keepdim=True)
+    return weights @ value.to(wide), largest, weights.sum(-1, keepdim=True)
 
 
 def _attention(
@@ -316,10 +317,13 @@ def _attention(
     fill: float | None = None,
     enable_gqa: bool = False,
     bias: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    is_causal: bool = False,
 ) -> torch.Tensor:
     """Attention as models write it out. It differs from `aten.scaled_dot_product_attention` for scores that a boolean
     mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
-    or is NaN. A `bias` is added to the scores before these are hidden."""
+    or is NaN. A `bias` is added to the scores before these are hidden. A `sink` (..., queries, 1) is one more score of
+    each query, which has no value: a query that sees no key is 0 then."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
@@ -328,7 +332,15 @@ def _attention(
         masked = attn_mask.dtype == torch.bool
         number = -torch.inf if fill is None else fill
         scores = scores.masked_fill(~attn_mask, number) if masked else scores + attn_mask
-    return scores.softmax(-1).to(value.dtype) @ value
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if sink is None:
+        weights = scores.softmax(-1)
+    else:
+        joined = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+        weights = joined.softmax(-1)[..., :-1]
+    return weights.to(value.dtype) @ value
 
 
 def _int_conv(
@@ -386,7 +398,7 @@ def _to_int8(self: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale, float? fill=None,"
-    " bool enable_gqa=False, Tensor? bias=None) -> Tensor"
+    " bool enable_gqa=False, Tensor? bias=None, Tensor? sink=None, bool is_causal=False) -> Tensor"
 )
 _LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.define(

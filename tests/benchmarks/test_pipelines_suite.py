@@ -134,6 +134,7 @@ def test_rows_side_by_side() -> None:
 
 
 def test_what_a_workload_lacks() -> None:
-    assert pipelines.why_not("rtx-engine", Workload("whisper_small"), "cuda") == ""
+    assert pipelines.why_not("rtx-engine", Workload("sdxl"), "cuda") == ""
+    assert pipelines.why_not("rtx-engine", Workload("whisper_small"), "cuda") is None
     assert pipelines.why_not("inductor-blocks", LLAMA, "cuda") == ""
     assert pipelines.why_not("max-autotune", LLAMA, "cpu") == "is measured on GPUs alone"

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 import torch_rtx
 from tests.distributed.ranks import device
-from torch_rtx.collectives import is_collective, is_ordered
+from torch_rtx.collectives import is_ordered
 from torch_rtx.errors import RanksError
 from torch_rtx.one_shot import ROOMS
 from torch_rtx.runtime.session import watched_calls
@@ -97,24 +97,6 @@ def replayed(count: int) -> tuple[str | None, int]:
                 torch_rtx.wait(120)
     session, _ = calls[-1]
     return session.no_graphs, 0 if session.pool is None else session.pool.replays
-
-
-def large_sums(count: int) -> int:
-    """Check sums that are made in halves beside the product before them, with other operands in each call; returns how
-    many sums are in the graph."""
-
-    def function(x: Tensor, w: Tensor) -> Tensor:
-        return (funcol.all_reduce(x @ w, "sum", dist.group.WORLD) + 1).sum(1)
-
-    compiled = torch.compile(function, backend="rtx", fullgraph=True, dynamic=False)
-    with torch.no_grad(), watched_calls() as calls:
-        for step in range(count):
-            torch.manual_seed(step + dist.get_rank())
-            x, w = torch.randn(1024, 8, device=device()), torch.randn(8, 2048, device=device())
-            torch.testing.assert_close(compiled(x, w), function(x, w), rtol=1e-2, atol=0.5)
-            if step == 2:
-                torch_rtx.wait(60)
-    return sum(map(is_collective, calls[-1][0].graph.nodes))
 
 
 def random_shapes(count: int) -> None:

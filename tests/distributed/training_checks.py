@@ -120,6 +120,11 @@ def fully_sharded() -> None:
         loss_of(model, x).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     compare(model, right(0.1))
+    with torch.no_grad(), watched_calls() as calls:
+        torch.testing.assert_close(model(x), Model()(x))
+    assert len(calls) == 2
+    for session, _ in calls:  # parameters are elsewhere in each call: no copies of them, and no CUDA graphs
+        assert (session.store.parameters, session.settings.cuda_graph_strategy) == ((), "disabled")
 
 
 def sharded_and_divided(folder: str) -> list[float]:

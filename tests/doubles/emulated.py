@@ -96,6 +96,9 @@ class Device:
                 found[name] = Candidate(offered.with_kernels(launch), first, binaries)
         return found
 
+    def begin(self, *_: object) -> None:
+        """Nothing is compiled ahead."""
+
     def offered(self, body: Graph, name: str, sm: int) -> Iterator[Tactic[Kernel]]:
         """What code generation offers, but for split bodies and calls that only a GPU has: in place of the first, one
         in `parts`."""

@@ -8,6 +8,7 @@ import runpy
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,15 @@ def engine(model: Any) -> GenerationEngine:
 @torch.no_grad()
 def test_programs_of_any_model(kind: str, narrow: bool) -> None:
     model = tiny(kind)
-    empty, filled, vocabulary = _caches(model, PLACES, None, narrow)
-    assert vocabulary == VOCABULARY
-    prefill, decode = Prefill(model, empty, None if narrow else PLACES), Decode(model, filled)
+    found = _caches(model, PLACES, None, narrow)
+    assert found.vocabulary == VOCABULARY
+    prefill, decode = Prefill(model, found.empty, None if narrow else PLACES), Decode(model, found.filled)
     assert prefill.state_dict().keys() == model.state_dict().keys()
     for ids in (TEXT, PADDED, TEXT[:, :1]):
         padding, (batch, length) = (ids != PAD).long(), ids.shape
         cache = [
             torch.zeros((batch, *t.shape[1:]), dtype=t.dtype)
-            for layer in filled.layers
+            for layer in found.filled.layers
             for t in (layer.keys, layer.values)
         ]
         positions = (padding.cumsum(1) - 1).clamp(min=0)
@@ -100,7 +101,7 @@ def test_programs_of_any_model(kind: str, narrow: bool) -> None:
         token = prefill(ids, padding, positions, cache).argmax(-1, keepdim=True)
         text, position, at = [ids, token.clone()], positions[:, -1:] + 1, torch.tensor(length)
         for _ in range(7):
-            decode(token, position, at, mask, cache)
+            decode(token, position, at, mask, torch.zeros(VOCABULARY, dtype=torch.bool), cache)
             text.append(token.clone())
         assert torch.equal(torch.cat(text, 1), expected(model, ids, eos_token_id=None))
 
@@ -154,7 +155,7 @@ def test_large_weights_are_there_once(engine: GenerationEngine) -> None:
 def test_what_the_benchmark_of_pipelines_measures(engine: GenerationEngine, tmp_path: Path) -> None:
     from benchmarks.text_pipelines import _random_weights, _rates
 
-    rates, sampled = _rates(engine, TEXT, 8, "cpu")
+    rates, sampled = _rates(engine, partial(engine.generate, TEXT, max_new_tokens=8, eos_token_id=None), "cpu")
     assert rates["tokens_per_s"] == pytest.approx(rates["of_bare"] * rates["bare_steps_per_s"])
     assert sampled["sampled_tokens_per_s"] > 0
     engine.save(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_rtx.errors import RtxError
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import candidate_check
 from torch_rtx.runtime.benchmark import RUNS
@@ -221,3 +222,35 @@ def test_what_overflows_in_calls_alone_hides_no_error(dtype: str) -> None:
     assert check.problem(check.code({})) is None
     wrong = check.problem(lambda inputs, _: kernel(inputs, _, torch.where(inputs[0].abs() < 1, 128, 256)))  # type: ignore[arg-type]
     assert "relative error" in (wrong or "")
+
+
+def test_calls_that_do_not_run_in_float64_are_right(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (node,) = parse(
+        """graph fused {
+      input x: f16[64, 64]
+      r: f16[64, 64] = kernel k(in0=x) graph import {
+        input x: f16[64, 64]
+        r: f16[64, 64] = op aten.exp.default(self=x)
+        return [r]
+      }
+      return [r]
+    }"""
+    ).nodes
+
+    def lacking(graph: Any) -> Any:
+        raise NotImplementedError("not implemented for 'Double'\nand more")
+
+    monkeypatch.setattr(candidate_check, "in_float64", lacking)
+    check = CandidateCheck(node, CPU)
+    assert check.problem(check.code({})) is None
+    assert "relative error" in (check.problem(lambda inputs, _: [1.01 * inputs[0].exp()]) or "")  # type: ignore[arg-type]
+    assert "k is compared with its calls, which fail in float64: not implemented for 'Double'" in caplog.text
+    monkeypatch.setattr(candidate_check, "in_float64", _out_of_memory)
+    with pytest.raises(RtxError, match="out of memory"):
+        CandidateCheck(node, CPU)
+
+
+def _out_of_memory(graph: Any) -> Any:
+    raise torch.OutOfMemoryError("out of memory")

@@ -29,9 +29,8 @@ from torch_rtx.cli.app import app
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels import compile_worker
 from torch_rtx.lowering.kernels.aot import Compilations
-from torch_rtx.lowering.kernels.compile_worker import build
+from torch_rtx.lowering.kernels.compile_worker import begin, build
 from torch_rtx.runtime import compile_client, tuning_db
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT, CompileClient
@@ -78,21 +77,30 @@ def test_every_gpu_has_kernels(sm: int) -> None:
                 assert f".target sm_{arch_of(sm).portable}\n".encode() in binary
 
 
-def test_the_next_ranks_are_compiled_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On idle cores, and once: what is asked for next has begun, or is there."""
-    monkeypatch.setattr(compile_worker, "cores", lambda: range(8))
+def test_what_is_asked_for_next_has_begun() -> None:
+    """And is not begun again, nor asked for in vain: what is built is what would have been built without it."""
+    begun = []
     with Compilations(2) as running:
-        found, begun = [], []
-        for rank in (1, 2, 3):
-            found.append(build({"product": (PRODUCT, rank)}, 80, running=running)["product"])
-            begun.append(len(running._futures))
-        assert begun == [2, 2, 2]  # one of them calls a library
+        begin({"product": (PRODUCT, 1), "no kernel": (body("bernoulli"), 0)}, 80, running=running)
+        begun.append(len(running._futures))
+        found = [build({"product": (PRODUCT, rank)}, 80, running=running)["product"] for rank in (1, 2)]
+        begun.append(len(running._futures))
         running.forget()
         assert not running._futures
-        monkeypatch.setattr(compile_worker, "cores", lambda: range(2))
-        build({"product": (PRODUCT, 1)}, 80, running=running)
-        assert not running._futures
-    assert found == [build({"product": (PRODUCT, rank)}, 80)["product"] for rank in (1, 2, 3)]
+    assert begun == [1, 1]  # the other of the two calls a library
+    assert found == [build({"product": (PRODUCT, rank)}, 80)["product"] for rank in (1, 2)]
+
+
+def test_the_worker_begins_and_goes_on(client: CompileClient) -> None:
+    """A request without an answer leaves the next answer in its place, also where it can't be done."""
+    client.begin({"product": (PRODUCT, 1)}, 80)
+    client.begin({"product": (PRODUCT, 1)}, -1)
+    assert client.build({"product": (PRODUCT, 1)}, 80) == build({"product": (PRODUCT, 1)}, 80)
+    client.close()
+    client.stop()
+    client.begin({"product": (PRODUCT, 1)}, 80)
+    with pytest.raises(KernelError, match="the program ends"):
+        client.build({"product": (PRODUCT, 1)}, 80)
 
 
 @pytest.mark.quick

@@ -156,22 +156,26 @@ def test_ends_of_groups_ascend() -> None:
 WINDOWS = "grad_output=g, self=x, kernel_size=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1], ceil_mode=False"
 
 
-def test_places_of_pooled_elements_lie_in_their_windows() -> None:
-    """A kernel looks for them there; calls put a gradient wherever they say."""
+@pytest.mark.parametrize("dtype", ["i64", "i16"])
+def test_places_of_pooled_elements_lie_in_their_windows(dtype: str) -> None:
+    """A kernel looks for them there; calls put a gradient wherever they say. Training saves them in few bytes."""
     (node,) = parse(
         """graph fused {
       input g: f32[2, 3, 4, 4](48, 1, 12, 3)
       input x: f32[2, 3, 8, 8](192, 1, 24, 3)
-      input i: i64[2, 3, 4, 4](48, 1, 12, 3)
+      input i: DTYPE[2, 3, 4, 4](48, 1, 12, 3)
       r: f32[2, 3, 8, 8](192, 1, 24, 3) = kernel k(in0=g, in1=x, in2=i) graph import {
         input g: f32[2, 3, 4, 4](48, 1, 12, 3)
         input x: f32[2, 3, 8, 8](192, 1, 24, 3)
-        input i: i64[2, 3, 4, 4](48, 1, 12, 3)
-        r: f32[2, 3, 8, 8](192, 1, 24, 3) = op aten.max_pool2d_with_indices_backward.default(WINDOWS, indices=i)
+        input i: DTYPE[2, 3, 4, 4](48, 1, 12, 3)
+        j: i64[2, 3, 4, 4](48, 1, 12, 3) = op aten._to_copy.default(self=i, dtype='i64')
+        r: f32[2, 3, 8, 8](192, 1, 24, 3) = op aten.max_pool2d_with_indices_backward.default(WINDOWS, indices=PLACES)
         return [r]
       }
       return [r]
     }""".replace("WINDOWS", WINDOWS)
+        .replace("PLACES", "i" if dtype == "i64" else "j")
+        .replace("DTYPE", dtype)
     ).nodes
     drawn = CandidateCheck(node, CPU)._inputs[2]
     assert drawn.stride() == (48, 1, 12, 3)

@@ -328,6 +328,18 @@ def test_early_starts_count(background: Background, calls: float, pdl: bool, gra
     right(made, model)
 
 
+@pytest.mark.parametrize(("calls", "tried"), [(0.9, tuners.MEASURED_OF_A_KIND), (0.3, tuners.TRIED)])
+def test_measuring_ends_where_a_library_is_much_faster(background: Background, calls: float, tried: int) -> None:
+    """Kernels take 1 us; those that were tried by then are right all the same."""
+    made, model = session(Device(calls=calls), background, replace(LAZY, cuda_graph_strategy="disabled"))
+    right(made, model)
+    assert made.specializer.wait(60)
+    choices = [region.choice for region in made.specializer.base.regions if measured_library(region) is not None]
+    counts = [sum(name.startswith("kernel") for name in one.microseconds) for one in choices if one is not None]
+    assert max(counts) == tried
+    right(made, model)
+
+
 class Twice(nn.Module):
     """Returns a view of what its last layer computes."""
 

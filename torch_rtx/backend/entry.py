@@ -66,11 +66,15 @@ def rtx(
     compilation, runtime = _settings(options, mode)
     if compilation.require_full_compilation:
         require_one_graph(gm)
+    sharded = is_sharded(gm)
+    if sharded:
+        runtime = replace(runtime, cuda_graph_strategy="disabled")  # each call would have to capture one
     # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
     trained = replace(runtime, static_outputs=False)
     names = _names(gm, example_inputs)
     plain = without_overrides if any_overrides(example_inputs) else _same
-    entry = CaptureEntry.of(gm, example_inputs, compilation)
+    # A cached graph for inference takes parameters for weights, which stay.
+    entry = None if sharded and not torch.is_grad_enabled() else CaptureEntry.of(gm, example_inputs, compilation)
     captured = partial(_capture, gm, compilation)
     if entry is not None:
         call = _from_cache(entry, names, example_inputs, captured, compilation, runtime, trained)
@@ -79,7 +83,8 @@ def rtx(
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         done = None if entry is None else entry.inference
-        return _compile(graph, names, static_inputs(graph), compilation, runtime, done)
+        static = frozenset[int]() if sharded else static_inputs(graph)
+        return _compile(graph, names, static, compilation, runtime, done)
 
     step = TrainingStep()
 
@@ -319,11 +324,22 @@ def _names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
     return [name for source, given in zip(sources, example_inputs, strict=True) for name in names_of(source, given)]
 
 
+def is_sharded(gm: fx.GraphModule) -> bool:
+    """Whether parameters of a Dynamo graph are those of `fully_shard`, which frees them after each call, and gathers
+    them elsewhere before the next one."""
+    kinds = (_of_source(node, "guard_source") for node in gm.graph.nodes if node.op == "placeholder")
+    return any(kind is not None and kind.is_fsdp_module() for kind in kinds)
+
+
+def _of_source(placeholder: fx.Node, attribute: str) -> Any:
+    """An attribute of where Dynamo has an input from, or the result of a method of older releases; None: unknown."""
+    found = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), attribute, None)
+    return found() if callable(found) else found
+
+
 def _source_name(placeholder: fx.Node) -> str:
     """The path of a parameter in the user's module, or the name of an argument."""
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    text = name() if callable(name) else name
+    text = _of_source(placeholder, "name")
     return (module_path(text) if isinstance(text, str) else "") or str(placeholder.target).removeprefix("L_").strip("_")
 
 

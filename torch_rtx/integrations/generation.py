@@ -1,4 +1,4 @@
-"""Runs engines that generate text: a prompt goes in, tokens come out while further ones are computed.
+"""Runs engines that generate text: a prompt goes in, and a sound, say; tokens come out while further ones are computed.
 
 The next token is chosen on the device, and is there as the input of the next step: the host queues steps and reads
 tokens that are a few steps old. It needs them to see the end of a sequence, and to hand them on.
@@ -21,54 +21,44 @@ from torch import Tensor
 
 from torch_rtx import aten
 from torch_rtx.errors import EngineFormatError, InputError
+from torch_rtx.integrations.choices import End, Rules, Sampling, tokens_of
 from torch_rtx.ir import Dim, Sym, TensorType, evaluate
 from torch_rtx.runtime.module import CompiledModule, load, save
 from torch_rtx.runtime.weight_sources import WeightSource, tensors_of
 from torch_rtx.settings import RuntimeSettings, settings_of
 
 PROGRAMS = ("prefill", "decode", "sample")
+ENCODE = "encode"  # the program that models with an encoder have besides
 CACHE = "cache_"  # what the names of its tensors begin with
 WIDE = {"token", "position", "mask", "seen", "uniforms"}  # inputs with a row for each sequence
+# What an engine knows of its model's generation configuration. All but `pad_token_id` are options of `stream` as well,
+# or follow from those.
+KNOWN = (
+    *("eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
+)
 AHEAD = 2  # steps that are queued on a GPU while the host waits for a token
+MASKS = 8  # of tokens that may not be chosen, kept for further texts
 _DEFAULT: Any = object()
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the names and the meaning are those of transformers.
+class Prompt:
+    """What a text begins with, on the device.
 
-    Args:
-        do_sample: draw it; False: take the best one, which `temperature`, `top_k` and `top_p` do not change.
-        temperature: divides the scores before probabilities are computed, above 0.
-        top_k: draw from so many of the best tokens; None: from all.
-        top_p: draw from the fewest tokens that have this probability together, above 0 and at most 1.
-        repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely, below 1 more.
-
-    Raises:
-        InputError: a number is out of its range.
+    Attributes:
+        ids, mask: int64 `[batch, length]`; the mask has zeros at padding.
+        read: what an encoder reads: none, features, or a text and its mask.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            given = getattr(self, name)
-            if not isinstance(given, int | float) or not 0 < given < float("inf") or (name == "top_p" and given > 1):
-                hint = "do_sample=False takes the best token" if name == "temperature" else None
-                raise InputError(
-                    f"{name} is {given!r}, not a number above 0{' up to 1' * (name == 'top_p')}", hint=hint
-                )
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise InputError(f"top_k is {self.top_k!r}, not a number of tokens", hint="top_k=None draws from all")
+    ids: Tensor
+    mask: Tensor
+    read: tuple[Tensor, ...] = ()
 
     @property
-    def plain(self) -> bool:
-        """The best token is taken as the model has it."""
-        return not self.do_sample and self.repetition_penalty == 1
+    def positions(self) -> Tensor:
+        """Of the tokens in their sequences, int64 `[batch, length]`."""
+        return (self.mask.cumsum(1) - 1).masked_fill(self.mask == 0, 0)
 
 
 class State:
@@ -92,16 +82,29 @@ class State:
         self.cache = [tensor for name, tensor in self.tensors.items() if name.startswith(CACHE)]
         self.step = [self.tensors[name] for name in _inputs(engine.decode)]
         self.choice = [self.tensors.get(name) for name in _inputs(engine.sample)]
-        self.token = self.tensors["token"]
+        self.token, self.banned = self.tensors["token"], self.tensors["banned"]
+        self._bans: dict[tuple[int, ...], Tensor] = {}  # on the device: a copy from the host would wait for it
         self._cuda = engine.device.type == "cuda"
         self.ahead = AHEAD if self._cuda else 0
         self._places = [torch.empty(batch, dtype=torch.int64, pin_memory=self._cuda) for _ in range(self.ahead + 1)]
         self._released: Any = None
 
-    def start(self, ids: Tensor, mask: Tensor, positions: Tensor, sampling: Sampling, uniforms: Tensor | None) -> None:
-        """Set everything but the cache, which a prompt has filled."""
-        tensors, length = self.tensors, ids.shape[1]
-        tensors["mask"].fill_(1)[:, :length] = mask
+    def ban(self, tokens: tuple[int, ...]) -> None:
+        """Let steps that are queued from now on choose none of these."""
+        if tokens not in self._bans:
+            mask = torch.zeros(self.banned.shape, dtype=torch.bool)
+            mask[list(tokens)] = True
+            self._bans = {**(self._bans if len(self._bans) < MASKS else {}), tokens: mask.to(self.banned.device)}
+        self.banned.copy_(self._bans[tokens])
+
+    def start(self, prompt: Prompt, sampling: Sampling, uniforms: Tensor | None) -> None:
+        """Set everything but the cache, which a prompt has filled, and what is banned."""
+        tensors, ids = self.tensors, prompt.ids
+        length, positions = ids.shape[1], prompt.positions
+        tensors["mask"].fill_(1)[:, :length] = prompt.mask
+        if "source_mask" in tensors:
+            read = prompt.read[-1]
+            tensors["source_mask"].zero_()[:, : read.shape[1]] = read
         tensors["length"].fill_(length)
         tensors["position"].copy_(positions[:, -1:] + 1)
         if sampling.plain:
@@ -154,7 +157,8 @@ def _range(dim: Dim) -> tuple[int, float]:
 
 
 class GenerationEngine:
-    """Generates text with the engines of a causal language model; made by `export_generate` and `load`.
+    """Generates text with the engines of a causal language model, or of one with an encoder and a decoder; made by
+    `export_generate` and `load`.
 
     Several threads may use one engine: each running generation has a cache of its own. Weights may be changed at any
     time; those that change during a generation are used from its next token on.
@@ -163,6 +167,7 @@ class GenerationEngine:
         prefill: computes the scores after a prompt `[batch, length]`, and fills the cache.
         decode: the same for one further token, which it replaces by the one with the best score.
         sample: replaces it by another choice, see `sampling`.
+        encode: computes what the decoder of a model with an encoder looks at.
 
     Attributes:
         device: where it runs.
@@ -172,20 +177,30 @@ class GenerationEngine:
         EngineFormatError: the engines do not belong together.
     """
 
-    def __init__(self, prefill: CompiledModule, decode: CompiledModule, sample: CompiledModule) -> None:
-        self.prefill, self.decode, self.sample = prefill, decode, sample
+    def __init__(
+        self,
+        prefill: CompiledModule,
+        decode: CompiledModule,
+        sample: CompiledModule,
+        encode: CompiledModule | None = None,
+    ) -> None:
+        self.prefill, self.decode, self.sample, self.encode = prefill, decode, sample, encode
+        self._weighted = [program for program in (decode, prefill, encode) if program is not None]
         self.device, self._idle, self._lock = decode.device, list[State](), threading.Lock()
         known = _inputs(sample) | _inputs(decode)
         empty, filled = ([t for n, t in _inputs(p).items() if n.startswith(CACHE)] for p in (prefill, decode))
         alike = [(t.dtype, t.shape[1:]) for t in empty] == [(t.dtype, t.shape[1:]) for t in filled]
         widths = {n: known[n].shape[1] for n in WIDE if n in known and len(known[n].shape) == 2}
         fixed = {name: width for name, width in widths.items() if isinstance(width, int)}
-        configs = [p.engine.manifest.model.get("attributes", {}).get("config") for p in (prefill, decode)]
-        if not alike or fixed.keys() != WIDE or configs[0] != configs[1]:  # such as other frequencies of positions
+        configs = [p.engine.manifest.model.get("attributes", {}).get("config") for p in self._weighted]
+        alike &= all(config == configs[0] for config in configs)  # which has such as frequencies of positions
+        encoded = "encoded" in _inputs(prefill)
+        if not alike or fixed.keys() != WIDE or "banned" not in known or encoded != (encode is not None):
             hint = "use the files that one call of `save` wrote"
             raise EngineFormatError("these engines do not generate text together", hint=hint)
         self.max_cache_len, self._vocabulary = fixed["mask"], fixed["seen"]
-        prefill.session.store.share(decode.session.store)
+        for program in self._weighted[1:]:
+            program.session.store.share(decode.session.store)
 
     @classmethod
     def load(
@@ -204,9 +219,10 @@ class GenerationEngine:
         settings = replace(settings_of(RuntimeSettings, settings), watch_weights=False)
         given: dict[str, Any] = {"trusted_ops": trusted_ops, "trust_binaries": trust_binaries}
         path = Path(folder)
-        engine = cls(*[load(path / f"{name}.rtx", None, device, settings, **given) for name in PROGRAMS])
-        if weights is None:
-            weights = engine.decode.engine.weights  # if it was built with `strip_weights=False`
+        names = [*PROGRAMS, *[ENCODE] * (path / f"{ENCODE}.rtx").exists()]
+        engine = cls(*[load(path / f"{name}.rtx", None, device, settings, **given) for name in names])
+        if weights is None:  # those in the engines, if they were built with `strip_weights=False`
+            weights = {n: t for p in engine._weighted for n, t in (p.engine.weights or {}).items()} or None
         if weights is not None:
             engine.attach(weights)
         return engine
@@ -215,131 +231,242 @@ class GenerationEngine:
         """Write the engines to a folder, which is made if there is none; see `torch_rtx.save`."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        for name in PROGRAMS:
-            save(getattr(self, name), path / f"{name}.rtx")
+        for name in (*PROGRAMS, ENCODE):
+            program, file = getattr(self, name), path / f"{name}.rtx"
+            if program is None:
+                file.unlink(missing_ok=True)  # of another engine
+            else:
+                save(program, file)
 
     def attach(self, weights: WeightSource) -> None:
         """Use the tensors of a module or state dict themselves, see `CompiledModule.attach`; files are copied."""
         if not isinstance(weights, torch.nn.Module | Mapping):
             self.refit(weights)
             return
-        for program in (self.decode, self.prefill):
+        for program in self._weighted:
             program.attach(weights)
 
     def refit(self, weights: WeightSource, strict: bool = True) -> None:
         """Copy the values of other weights, see `CompiledModule.refit`."""
         if not isinstance(weights, torch.nn.Module):
             weights = tensors_of(weights)  # files are read once
-        for program in (self.decode, self.prefill):
+        for program in self._weighted:
             program.refit(weights, strict)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, streamer: Any = None, **options: Any
     ) -> Tensor:
-        """The prompts and what follows them, int64 `[batch, length + new tokens]`, on the device of `input_ids`.
+        """The prompts and what follows them, int64 `[batch, length + new tokens]`, on the device of `input_ids`. Where
+        there is an encoder, the prompts are those of the decoder.
 
         Args:
             streamer: gets the prompts and then each token as it comes: an object with `put(tokens)` and `end()`, such
                 as a `TextStreamer` of transformers.
             options: the other arguments and the errors are those of `stream`.
         """
-        found = self.stream(input_ids, attention_mask, **options)
+        prompt, found = self._begin(input_ids, attention_mask, **options)
+        begin = prompt.ids.cpu()
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-        tokens = []
+            streamer.put(begin)
+        tokens = [begin]
         for token in found:
-            tokens.append(token)
+            tokens.append(token[:, None])
             if streamer is not None:
                 streamer.put(token)
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids.long(), torch.stack(tokens, 1).to(input_ids.device)], 1)
+        return torch.cat(tokens, 1).to(input_ids.device)
 
-    def stream(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        eos_token_id: int | Sequence[int] | None = _DEFAULT,
-        pad_token_id: int | None = _DEFAULT,
-        generator: torch.Generator | None = None,
-        **sampling: Any,
-    ) -> Iterator[Tensor]:
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The tokens that follow the prompts, one by one, each int64 `[batch]` in host memory.
 
         Args:
-            input_ids: the prompts, integers `[batch, length]`, padded on the left.
-            attention_mask: 0 at padding and 1 elsewhere, of the same shape; None: `pad_token_id` is padding, unless it
-                also ends sequences.
+            input_ids: the prompts, integers `[batch, length]`, padded on the left. Where there is an encoder, what that
+                reads: texts `[batch, length]`, padded anywhere, or features in the sizes of the exported example.
+            attention_mask: 0 at padding and 1 elsewhere, of the same shape. None: in prompts `pad_token_id` is padding,
+                unless it also ends sequences; in texts for an encoder nothing is. Features have no padding.
+            decoder_input_ids: the prompts of a decoder, integers `[batch, length]`. None: its first token alone, where
+                the model's own `generate` begins with that as well.
+            decoder_attention_mask: for padding on the left of these; None: nothing is.
             max_new_tokens: the most tokens for each prompt; None: as many as the cache holds.
+            min_new_tokens: the fewest, by default the model's.
             eos_token_id: tokens that end a sequence, by default the model's; None: none does. The iteration ends when
                 every sequence has.
             pad_token_id: what follows a sequence that has ended, by default the model's, or the first `eos_token_id`.
+            suppress_tokens, begin_suppress_tokens: tokens that no text has, and that none begins with, by default the
+                model's; None: there are none.
             generator: where random numbers come from, by default PyTorch's own on the CPU. Equal numbers give equal
                 text on one device.
-            sampling: arguments of `Sampling`: `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`.
+            do_sample, temperature, top_k, top_p, repetition_penalty: those of `Sampling`.
 
         Raises:
             InputError: the prompts do not fit the engine or its cache, or an option is out of its range.
             RtxError: the engine has no weights; and those of a call, see `CompiledModule.forward`.
         """
-        ends = getattr(self.decode, "eos_token_id", None) if eos_token_id is _DEFAULT else eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        return self._begin(input_ids, attention_mask, **options)[1]
+
+    def _begin(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = _DEFAULT,
+        eos_token_id: int | Sequence[int] | None = _DEFAULT,
+        pad_token_id: int | None = _DEFAULT,
+        suppress_tokens: Sequence[int] | None = _DEFAULT,
+        begin_suppress_tokens: Sequence[int] | None = _DEFAULT,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> tuple[Prompt, Iterator[Tensor]]:
+        """The prompts and the tokens, see `stream`."""
+        ends = self._tokens_of("eos_token_id", eos_token_id)
         pad = getattr(self.decode, "pad_token_id", None) if pad_token_id is _DEFAULT else pad_token_id
-        ids, mask = self._prompts(input_ids, attention_mask, None if pad in ends else pad)
-        room = self.max_cache_len - ids.shape[1] + 1  # the last token needs no place in the cache
-        count = room if max_new_tokens is None else max_new_tokens
-        if type(count) is not int or count < 1:
-            raise InputError(f"max_new_tokens is {count!r}, not a number of tokens")
-        if count > room:
-            hint = f"shorten the prompts, or export with max_cache_len={ids.shape[1] + count - 1} or more"
-            said = f"{count} new tokens after prompts of {ids.shape[1]}: the cache has room for {room}"
-            raise InputError(said, hint=hint)
+        if self.encode is None:
+            if decoder_input_ids is not None or decoder_attention_mask is not None:
+                raise InputError("this engine has no encoder, and so no decoder_input_ids")
+            prompt = Prompt(*self._prompts("input_ids", inputs, mask, None if pad in ends else pad))
+        else:
+            read = self._read(self.encode, inputs, mask)
+            ids = self._start(len(inputs)) if decoder_input_ids is None else decoder_input_ids
+            if len(ids) != len(inputs):
+                raise InputError(f"there are {len(ids)} decoder_input_ids for {len(inputs)} sources")
+            prompt = Prompt(*self._prompts("decoder_input_ids", ids, decoder_attention_mask, None), read)
+        count = self._count(prompt.ids.shape[1], max_new_tokens)
+        rules = self._rules(prompt.ids.shape[1], ends, min_new_tokens, suppress_tokens, begin_suppress_tokens)
         choice = Sampling(**sampling)
         uniforms = None
         if choice.do_sample:
             place = "cpu" if generator is None else generator.device
-            uniforms = torch.rand(count, len(ids), generator=generator, device=place).to(self.device)
-        end = _End(len(ids), ends, pad if pad is not None else next(iter(ends), 0))
-        return self._tokens(ids, mask, count, choice, uniforms, end)
+            uniforms = torch.rand(count, len(prompt.ids), generator=generator, device=place).to(self.device)
+        end = End(len(prompt.ids), count, pad if pad is not None else next(iter(ends), 0), rules)
+        return prompt, self._tokens(prompt, count, choice, uniforms, rules, end)
 
-    def _prompts(self, ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, Tensor]:
+    def _tokens_of(self, name: str, given: Any) -> tuple[int, ...]:
+        """An option that names tokens, by default the model's."""
+        return tokens_of(name, getattr(self.decode, name, None) if given is _DEFAULT else given, self._vocabulary)
+
+    def _rules(self, length: int, ends: tuple[int, ...], least: Any, suppress: Any, begin_suppress: Any) -> Rules:
+        """Those for prompts of this length."""
+        if least is _DEFAULT:
+            known = [getattr(self.decode, name, None) or 0 for name in ("min_new_tokens", "min_length")]
+            least = max(known[0], known[1] - length)
+        if least is not None and (type(least) is not int or least < 0):
+            raise InputError(f"min_new_tokens is {least!r}, not a number of tokens")
+        forced = self._tokens_of("forced_bos_token_id", _DEFAULT if length == 1 else None)
+        last = self._tokens_of("forced_eos_token_id", _DEFAULT)
+        return Rules(
+            ends,
+            self._tokens_of("suppress_tokens", suppress),
+            self._tokens_of("begin_suppress_tokens", begin_suppress),
+            least or 0,
+            next(iter(forced), None),
+            min(last, default=None),
+        )
+
+    def _count(self, length: int, count: int | None) -> int:
+        """The most new tokens after prompts of this length."""
+        room = self.max_cache_len - length + 1  # the last token needs no place in the cache
+        count = room if count is None else count
+        if type(count) is not int or count < 1:
+            raise InputError(f"max_new_tokens is {count!r}, not a number of tokens")
+        if count > room:
+            hint = f"shorten the prompts, or export with max_cache_len={length + count - 1} or more"
+            said = f"{count} new tokens after prompts of {length}: the cache has room for {room}"
+            raise InputError(said, hint=hint)
+        return count
+
+    def _start(self, batch: int) -> Tensor:
+        """What a decoder begins with."""
+        token = getattr(self.decode, "decoder_start_token_id", None)
+        if type(token) is not int:
+            hint = "for Whisper: the tokens of start, language, task and, for a text without them, no timestamps"
+            raise InputError("decoder_input_ids are missing: this model has more than one way to begin", hint=hint)
+        return torch.full((batch, 1), token)
+
+    def _read(self, encode: CompiledModule, source: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What the encoder reads, on the device, checked.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        kinds = _inputs(encode)
+        shape = kinds["source"].shape
+        if not isinstance(source, Tensor) or source.dim() != len(shape) or not source.numel():
+            raise InputError(f"the encoder reads a tensor with {len(shape)} axes, of which the first is the batch")
+        self._check_batch(len(source), shape[0])
+        if "source_mask" not in kinds:
+            if mask is not None and not bool((mask == 1).all()):
+                raise InputError("attention_mask hides parts of features, which the encoder reads as a whole")
+            if tuple(source.shape[1:]) != shape[1:]:
+                raise InputError(
+                    f"features of shape {list(source.shape)}, the engine takes [batch, *{list(shape[1:])}]"
+                )
+            return (source.to(self.device, aten.DTYPES[kinds["source"].dtype]),)
+        longest = _range(shape[1])[1]
+        if source.is_floating_point() or source.shape[1] > longest:
+            hint = f"shorten the texts, or export with source={source.shape[1]} or more"
+            said = f"the encoder reads up to {longest} tokens, integers [batch, length], not {list(source.shape)}"
+            raise InputError(said, hint=hint)
+        mask = self._masked("attention_mask", source, mask, None)
+        if not bool(mask.any(1).all()):
+            raise InputError("a text for the encoder has no token that is not padding")
+        return source.to(self.device, torch.int64), mask.to(self.device, torch.int64)
+
+    def _check_batch(self, count: int, dim: Dim) -> None:
+        few, many = _range(dim)
+        if not few <= count <= many:
+            hint = "export with another batch_size, which may be (smallest, largest)"
+            raise InputError(f"there are {count} prompts, the engine is for {few} to {many}", hint=hint)
+
+    def _masked(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> Tensor:
+        """The mask of texts, checked; the texts as well."""
+        if mask is None:
+            mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
+        if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"{name} must have zeros and ones, in the shape {list(ids.shape)} of the tokens")
+        if not bool(((ids >= 0) & (ids < self._vocabulary)).all()):
+            raise InputError(f"there are tokens outside of the {self._vocabulary} of the model")
+        return mask
+
+    def _prompts(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, Tensor]:
         """The prompts and their mask on the device, checked.
 
         Raises:
             InputError: they do not fit.
         """
-        (few, many), (shortest, _) = map(_range, _inputs(self.prefill)["input_ids"].shape)
+        batch, length = _inputs(self.prefill)["input_ids"].shape
+        shortest, _ = _range(length)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
-            raise InputError("input_ids must be integers of shape [batch, length], with a token in each prompt")
-        if not few <= len(ids) <= many:
-            hint = "export with another batch_size, which may be (smallest, largest)"
-            raise InputError(f"there are {len(ids)} prompts, the engine is for {few} to {many}", hint=hint)
+            raise InputError(f"{name} must be integers of shape [batch, length], with a token in each prompt")
+        self._check_batch(len(ids), batch)
         if not shortest <= ids.shape[1] <= self.max_cache_len:
             hint = f"shorten the prompts, or export with max_cache_len={ids.shape[1]} or more"
             said = f"prompts of {ids.shape[1]} tokens, the engine takes {shortest} to {self.max_cache_len}"
             raise InputError(said, hint=hint if ids.shape[1] > shortest else None)
-        if mask is None:
-            mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
-        if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
-            raise InputError(f"attention_mask must have zeros and ones, in the shape {list(ids.shape)} of input_ids")
+        mask = self._masked("attention_mask" if self.encode is None else "decoder_attention_mask", ids, mask, pad)
         if not bool(mask[:, -1].all()):
             hint = 'tokenizer.padding_side = "left"'
             raise InputError("the last token of a prompt is padding, which belongs before the prompt", hint=hint)
-        if not bool(((ids >= 0) & (ids < self._vocabulary)).all()):
-            raise InputError(f"input_ids has tokens outside of the {self._vocabulary} that there are")
         return ids.to(self.device, torch.int64), mask.to(self.device, torch.int64)
 
     def _tokens(
-        self, ids: Tensor, mask: Tensor, count: int, choice: Sampling, uniforms: Tensor | None, end: _End
+        self, prompt: Prompt, count: int, choice: Sampling, uniforms: Tensor | None, rules: Rules, end: End
     ) -> Iterator[Tensor]:
         """See `stream`."""
-        with self._state(len(ids)) as state:
+        bans = rules.bans()
+        with self._state(len(prompt.ids)) as state:
             with self._placed():
-                positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
-                logits = self.prefill(ids, mask, positions, state.cache)
-                state.start(ids, mask, positions, choice, uniforms)
+                heard = () if self.encode is None else (self.encode(*prompt.read), *prompt.read[1:])
+                logits = self.prefill(prompt.ids, prompt.mask, prompt.positions, state.cache, *heard)
+                state.start(prompt, choice, uniforms)
+                state.ban(bans[0])
+                logits = logits.masked_fill(state.banned, -torch.inf)
+                if rules.forced_first is not None:
+                    logits = torch.full_like(logits, -torch.inf)
+                    logits[:, rules.forced_first] = 0
                 state.token.copy_(logits.argmax(-1, keepdim=True))
                 self._choose(state, logits, choice)
             pending: deque[Callable[[], Tensor]] = deque()
@@ -352,6 +479,8 @@ class GenerationEngine:
                         return
                 if step + 1 < count:
                     with self._placed():
+                        if step + 1 in bans:
+                            state.ban(bans[step + 1])
                         (logits,) = self.decode.session(state.step)
                         self._choose(state, logits, choice)
             while pending and not end.all:
@@ -384,23 +513,3 @@ class GenerationEngine:
             state.release()
             with self._lock:
                 self._idle = [state]
-
-
-class _End:
-    """Sees sequences end, and pads them.
-
-    Attributes:
-        all: every sequence has ended.
-    """
-
-    def __init__(self, batch: int, ends: Sequence[int], pad: int) -> None:
-        self._ended, self._ends, self._pad = torch.zeros(batch, dtype=torch.bool), torch.tensor(ends), pad
-        self.all = False
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """The tokens `[batch]` of a step, padding where a sequence has ended before."""
-        tokens = tokens.masked_fill(self._ended, self._pad)
-        if len(self._ends):
-            self._ended |= torch.isin(tokens, self._ends)
-            self.all = bool(self._ended.all())
-        return tokens

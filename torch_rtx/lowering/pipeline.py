@@ -39,7 +39,6 @@ from torch_rtx.lowering.passes.merge_linears import merge_linears
 from torch_rtx.lowering.passes.merge_steps import merge_steps
 from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resampling
 from torch_rtx.lowering.passes.move_numbers import move_numbers
-from torch_rtx.lowering.passes.overlap_sums import overlap_sums
 from torch_rtx.lowering.passes.pack_weights import pack_weights
 from torch_rtx.lowering.passes.pad_products import pad_products
 from torch_rtx.lowering.passes.place_waits import place_waits
@@ -194,7 +193,6 @@ PIPELINE = (
     Pass(move_numbers, needs=("targets",)),
     Pass(hoist_weights, takes=("targets",)),
     Pass(pack_weights, needs=("targets",), takes=("weight_copies",)),
-    Pass(overlap_sums),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),

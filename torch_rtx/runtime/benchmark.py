@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 Run = Callable[[], object]
-RUNS = 32  # in a row
+RUNS = 32  # in a row, or as many as take ROUND_US, but LEAST: of long ones, fewer are as exact
+ROUND_US, LEAST = 1e4, 3
 CYCLES_PER_S = 2e9  # of a device, roughly
 MAX_DELAY_S = 0.05  # by which a stream is held back
 
@@ -26,23 +27,26 @@ def host_us(runs: Sequence[Run]) -> float:
 def device_us(runs: Sequence[Run]) -> float:
     """Microseconds of one run on the current stream of the current device, without the host's time to launch it: a
     delay on the stream outlasts the queueing of all runs."""
-    order = [runs[index % len(runs)] for index in range(RUNS)]
     runs[0]()
+    count = min(RUNS, max(LEAST, int(ROUND_US / max(_us(runs[:1]), 1.0))))
+    order = [runs[index % len(runs)] for index in range(count)]
     begin = time.perf_counter()
     for run in order:
         run()
     delay_s = min(2 * (time.perf_counter() - begin), MAX_DELAY_S)
-    times = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(delay_s * CYCLES_PER_S))
-        start.record()
-        for run in order:
-            run()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / RUNS)
-    return min(times)
+    return min(_us(order, delay_s) for _ in range(3)) / count
+
+
+def _us(runs: Sequence[Run], delay_s: float = 0.0) -> float:
+    """Microseconds on the current stream from the first to the last of `runs`, which begin after a delay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(delay_s * CYCLES_PER_S))
+    start.record()
+    for run in runs:
+        run()
+    end.record()
+    end.synchronize()
+    return 1000 * float(start.elapsed_time(end))
 
 
 def timer(device: torch.device) -> Callable[[Sequence[Run]], float]:

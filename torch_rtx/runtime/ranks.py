@@ -34,6 +34,12 @@ def shared_store() -> Any | None:
         return None
 
 
+def place() -> tuple[int, int]:
+    """The number of this rank, and how many there are."""
+    dist = torch.distributed
+    return (0, 1) if shared_store() is None else (dist.get_rank(), dist.get_world_size())
+
+
 @contextmanager
 def one_rank_first(key: str, seconds: float = FIRST_S) -> Iterator[None]:
     """The first rank enters at once, the others when it has left, or after so many seconds. What it made is in a cache
@@ -58,6 +64,13 @@ def agreed(key: str, value: str) -> str:
         _set(store, key, value)
         return value
     return said(key, SAID_S) or value
+
+
+def say(key: str, value: str) -> None:
+    """Tell all ranks that ask for `key`."""
+    store = shared_store()
+    if store is not None:
+        _set(store, key, value)
 
 
 def said(key: str, seconds: float = 0.0) -> str | None:

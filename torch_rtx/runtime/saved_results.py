@@ -24,6 +24,7 @@ from torch_rtx.op_work import (
 )
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.example_lists import by_queries
+from torch_rtx.runtime.index_check import CAST
 from torch_rtx.runtime.inline import inline_kernels
 
 _FLEX = (
@@ -53,6 +54,10 @@ def fill_saved(graph: Graph, device: torch.device, inputs: Sequence[torch.Tensor
     backward, by what they are for the others."""
     flat = inline_kernels(graph, {})
     given = {value.name: tensor for value, tensor in zip(graph.inputs, inputs, strict=True)}
+    for node in flat.nodes:  # integers that the forward saved as narrower ones
+        source = node.arg("self") if node.op == CAST else None
+        if isinstance(source, Value) and source.name in given:
+            given.update({value.name: given[source.name] for value in node.results})
     for index, node in enumerate(flat.nodes):
         forward, names, results = FORWARDS.get(node.op, ("", (), ()))
         saved = [

@@ -33,6 +33,7 @@ from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
 from torch_rtx.runtime.node_cost import is_view, nbytes
 from torch_rtx.runtime.plan import TYPICAL
+from torch_rtx.runtime.shared_tuning import SharedTuning
 from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase, region_key
 from torch_rtx.runtime.variant import PORTABLE, SPECIALIZED, Region, Variant
 from torch_rtx.settings import RuntimeSettings
@@ -41,6 +42,8 @@ from torch_rtx.targets import ALIGNMENT
 
 log = logging.getLogger(__name__)
 MEASURED_OF_A_KIND = 4  # measuring a region ends with so many tactics of one kind
+# Or with fewer, where a library is faster by such a factor: more than the configurations of a kernel differ in time.
+TRIED, HOPELESS = 2, 1.5
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,28 @@ class Tuner:
         """Measure tactics and swap the code; follows `compile`, for a variant without symbols."""
         with undisturbed(self.of.device), _own_stream(self.of.device):
             regions = [region for region in self.variant.regions if is_measurable(region.body)]
-            self.tune([region for region in regions if not self.compare(region)])
+            regions = [region for region in regions if not self.compare(region)]
+            self.share([region for region in regions if region.choice is None and not region.body.syms])
             self.swap()
+
+    def share(self, regions: Sequence[Region]) -> None:
+        """Measure regions together with the other ranks, and use what these have found for their part."""
+        database, limit = self.context.database, self.of.settings.tuning_seconds
+        by_name, end = {database.named(region.key): region for region in regions}, time.monotonic() + limit
+        shared = SharedTuning(list(by_name))
+        while taken := shared.take():
+            try:
+                self.tune([by_name[name] for name in taken], end)
+            finally:
+                shared.give(taken)
+        others = [by_name[name] for name in shared.heard(limit, self.context.background.step)]
+        try:
+            self.specialize(others)
+        except KernelError as error:
+            warn_once(f"what other ranks have measured is not used: {error}")
+        for region in others:
+            if region.choice is not None:
+                database.remember(region.key, region.choice)
 
     def regions(self) -> Iterator[Region]:
         """The regions, inner ones first."""
@@ -260,10 +283,10 @@ class Tuner:
         measured.use_fastest()
         return bool(measured.times)
 
-    def tune(self, regions: Sequence[Region]) -> None:
-        """Measure regions without a choice, rank by rank until the time is up, and use the fastest tactic of each."""
-        work, end = self.variant.work, time.monotonic() + self.of.settings.tuning_seconds
-        measured = {r.key: Measurements(self, r) for r in regions if r.choice is None and not r.body.syms}
+    def tune(self, regions: Sequence[Region], end: float) -> None:
+        """Measure regions, rank by rank until `end`, and use the fastest tactic of each."""
+        work = self.variant.work
+        measured = {region.key: Measurements(self, region) for region in regions}
         open_ = dict(measured)
         try:
             for rank in count():
@@ -273,6 +296,9 @@ class Tuner:
                 left = sum(one.left for one in open_.values())
                 work.begin(0, left, end - time.monotonic())
                 made = self.built(wanted)
+                self.context.database.begin(
+                    {k: (one.region.body, rank + 1) for k, one in open_.items() if one.left > 1}
+                )
                 for key, candidate in made.items():
                     self.context.background.step()
                     start = time.monotonic()
@@ -327,7 +353,27 @@ class Measurements:
     @property
     def is_done(self) -> bool:
         """Enough tactics were tried."""
-        return self.left <= 0
+        return self.left <= 0 or self._is_hopeless
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """A library is much faster than the region's own kernel, whose configurations come next."""
+        best = min(self.times, key=self.in_graph_us, default=None)
+        own = [self.in_graph_us(name) for name, (tactic, _) in self.loaded.items() if tactic.kernels]
+        if best not in self.loaded or self.loaded[best][0].kernels or len(own) < TRIED:
+            return False
+        return min(own) > HOPELESS * self.in_graph_us(best)
+
+    @cached_property
+    def _costs_us(self) -> tuple[float, float]:
+        """Microseconds that a kernel saves in a CUDA graph by PDL, and those of copying what a call returns."""
+        is_graph = self.tuner.of.settings.cuda_graph_strategy != "disabled"
+        return PDL_SAVES_US if is_graph else 0.0, self.tuner.copied_us(self.region)
+
+    def in_graph_us(self, name: str) -> float:
+        """Microseconds of a tactic where it will run."""
+        saved_us, copied_us = self._costs_us
+        return self.times[name] - saved_us * self.pdl_kernels[name] + copied_us * (name in self.called)
 
     def add(self, candidate: Candidate) -> None:
         """Check and time a candidate; before the first one, time the engine's tactic."""
@@ -385,13 +431,7 @@ class Measurements:
         if not self.loaded:
             return
         database, key = self.tuner.context.database, self.region.key
-        saved_us = 0.0 if self.tuner.of.settings.cuda_graph_strategy == "disabled" else PDL_SAVES_US
-        copied_us = self.tuner.copied_us(self.region)
-
-        def in_graph(name: str) -> float:
-            return self.times[name] - saved_us * self.pdl_kernels[name] + copied_us * (name in self.called)
-
-        best = min(self.times, key=in_graph)
+        best = min(self.times, key=self.in_graph_us)
         _, rank = self.loaded.get(best, (None, None))
         own = Choice(best, rank, dict(self.times))
         choice = database.agreed(key, own)

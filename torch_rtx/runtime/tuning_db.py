@@ -60,6 +60,9 @@ class Compiler(Protocol):
         """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
         `chip`. `artefacts` gets the stages of its kernels, whose products of float32 are as exact as `float32` says."""
 
+    def begin(self, bodies: Bodies, sm: int, chip: Chip | None = None, float32: Float32 = EXACT) -> None:
+        """Begin to compile what `build` is about to be asked for, and do not wait."""
+
 
 class TuningDatabase:
     """Candidates and choices for one SM version.
@@ -146,6 +149,13 @@ class TuningDatabase:
                 self._store.put(KERNEL, self._key(f"{key} {first}"), value)
         return found
 
+    def begin(self, wanted: Bodies) -> None:
+        """Begin to compile what `candidates` is about to be asked for, and do not wait."""
+        keys = {key: self._key(f"{key} {first}") for key, (_, first) in wanted.items()}
+        missing = [key for key in wanted if self._store is None or self._store.get(KERNEL, keys[key]) is None]
+        if missing and not self._artefacts:  # which may override what is compiled
+            self._compiler.begin({name_of(key): wanted[key] for key in missing}, self.sm, self.chip, self.float32)
+
     def _shipped(self, wanted: Bodies) -> dict[str, Candidate]:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
         if self._store is None or self.figures is None:
@@ -189,7 +199,7 @@ class TuningDatabase:
         """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""
         stored = None if self._store is None else self._store.get(TACTIC, self._key(key))
         if stored is None:
-            heard = said(self._named(key))
+            heard = said(self.named(key))
             return None if heard is None else _choice(heard)
         found = _choice(stored)
         return None if found is None else self.agreed(key, found)
@@ -197,9 +207,9 @@ class TuningDatabase:
     def agreed(self, key: str, choice: Choice) -> Choice:
         """The choice of the first rank for a region, which may be this one: all run the same kernels, so that what they
         all compute stays the same, bit for bit."""
-        return _choice(agreed(self._named(key), _written(choice))) or choice
+        return _choice(agreed(self.named(key), _written(choice))) or choice
 
-    def _named(self, key: str) -> str:
+    def named(self, key: str) -> str:
         """The name of a region among ranks, which may have different GPUs: these order tactics differently."""
         gpu = hashlib.sha256(repr(self._sheet).encode()).hexdigest()[:8]
         return f"tactic {self.sm} {gpu} {self._key(key)}"

@@ -54,7 +54,7 @@ class Case:
 
         def emit(op: str, **args: Attr) -> Value:
             args = {key: dtype if arg == FLOAT else arg for key, arg in args.items()}
-            return rewriter.emit(f"aten.{op}", **args)
+            return rewriter.emit(op if op.startswith("torch_rtx.") else f"aten.{op}", **args)
 
         results = self.calls(emit, *values)
         graph = rewriter.finish()
@@ -167,6 +167,19 @@ def with_residual(emit: Emit, q: Value, k: Value, v: Value, residual: Value) -> 
     return rows, emit("_to_copy.default", self=emit("mul.Tensor", self=result, other=2.0), dtype="f32")
 
 
+def with_sink(queries: int = 18, shared: int = 2, **args: Attr) -> Case:
+    """Written out, with a sink for each of four heads; with a mask unless it is causal, and with what follows it."""
+    mask = {} if args.get("is_causal") else {"m": ((2, 1, queries, 21), FLOAT)}
+    operands = {"q": ((2, 4, queries, 16),), "k": ((2, shared, 21, 16),), "v": ((2, shared, 21, 16),)}
+
+    def calls(emit: Emit, s: Value, q: Value, k: Value, v: Value, *masks: Value) -> Value:
+        given = {**dict(zip(("attn_mask",), masks, strict=False)), "scale": 0.25, "sink": s, **args}
+        result = emit("torch_rtx.attention.default", query=q, key=k, value=v, **given)
+        return joined(emit, result, (2, queries, 64))
+
+    return Case({"s": ((2, 4, queries, 1), FLOAT, (0, 1, 0, 0)), **operands, **mask}, calls)
+
+
 def masked(shape: tuple[Dim, ...], dtype: str = "bool", strides: Any = None, k: int = 21, width: int = 16) -> Case:
     return Case(plain(2, 2, 18, k, width, mask=(shape, dtype, strides)), attend)
 
@@ -225,6 +238,10 @@ CASES = {
     "heads repeated by views, packed": Case(
         {"q": ((2, 6, 1, 16),), "k": ((2, 2, 21, 16),), "v": ((2, 2, 21, 16),)}, repeated_heads
     ),
+    "sink": with_sink(shared=4),
+    "sink, one query, packed": with_sink(1, enable_gqa=True),
+    "sink, causal": with_sink(20, 4, is_causal=True),
+    "sink, grouped heads, causal": with_sink(20, enable_gqa=True, is_causal=True),
     "one query": Case(plain(2, 3, 1, 45, 16), attend, AttentionConfig(16, 32, 4, 1)),
     "one buffer": Case({"qkv": ((2, 19, 72),)}, packed_projection),
     "one buffer, causal": Case({"qkv": ((2, 19, 72),)}, lambda *given: packed_projection(*given, causal=True)),
@@ -252,7 +269,7 @@ def test_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("name", ["causal", "added mask", "mask of keys", "one buffer", "epilogue"])
+@pytest.mark.parametrize("name", ["causal", "added mask", "mask of keys", "one buffer", "epilogue", "sink"])
 def test_other_dtypes(name: str, dtype: str) -> None:
     CASES[name].check(dtype)
 
@@ -302,6 +319,29 @@ def test_as_models_write_it_out(fill: float | str | None, queries: int) -> None:
     run(attention_kernel(region(parse(text)), "attention", SMALL), [q, k, v, given, out])
     torch.testing.assert_close(out, expected, equal_nan=True)
     torch.testing.assert_close(compile_graph(parse(text), CPU)([q, k, v, given], [])[0], expected, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("number", [0.0, 200.0, -torch.inf])
+@pytest.mark.parametrize("more", ["", ", fill=-1e4", ", bias=b"])
+def test_sinks_beside_queries_that_see_no_key(more: str, number: float) -> None:
+    """They are 0 unless hidden keys count; a sink may outweigh all keys by more than float32 holds, or be none."""
+    text = WRITTEN_OUT.format(mask="bool[2, 1, 18, 21]", fill=f"{more}, sink=s")
+    text = text.replace("  y:", "  input b: f32[1, 2, 18, 21]\n  input s: f32[1, 2, 1, 1]\n  y:")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, length, 16) for length in (18, 21, 21))
+    mask, bias, sink = torch.rand(2, 1, 18, 21) < 0.5, torch.randn(1, 2, 18, 21), torch.tensor([0.5, number])
+    mask[0, :, 3] = False
+    sink = sink.view(1, 2, 1, 1)
+    scores = q @ k.mT * 0.5 + (bias if "bias" in more else 0)
+    scores = scores.masked_fill(~mask, -1e4 if "fill" in more else -torch.inf)
+    expected = torch.cat([scores, sink.expand(2, 2, 18, 1)], -1).softmax(-1)[..., :-1] @ v
+    out = torch.full_like(q, 7.0)
+    run(attention_kernel(region(parse(text)), "attention", SMALL), [q, k, v, mask, bias, sink, out])
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(
+        compile_graph(parse(text), CPU)([q, k, v, mask, bias, sink], [])[0], expected, equal_nan=True
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -55,14 +55,14 @@ class Built:
 class Compilations:
     """Compilations in threads, which begin as soon as a kernel is known. Equal code is compiled once.
 
-    Threads are as fast as processes: Triton's passes and ptxas, which are nearly all of the work, do not hold the GIL.
-
     Args:
         workers: number of threads; None: one per core.
+        lower: compiles a job, see `toolchain.lower`.
     """
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, workers: int | None = None, lower: Callable[[Job], Code] = lower) -> None:
         self._pool = ThreadPoolExecutor(workers or len(cores()), "torch_rtx build")
+        self._lower = lower
         self._futures: dict[Job, Future[Code]] = {}
         self._targets: dict[Kernel, list[Target]] = {}
 
@@ -98,13 +98,13 @@ class Compilations:
         return done
 
     def forget(self) -> None:
-        """Drop what is done, of which `lower` keeps the newest. What still runs can be asked for."""
+        """Drop what is done, of which a cache keeps the newest. What still runs can be asked for."""
         self._futures = {job: future for job, future in self._futures.items() if not future.done()}
         self._targets.clear()
 
     def _future(self, job: Job) -> Future[Code]:
         if job not in self._futures:
-            self._futures[job] = self._pool.submit(lower, job)
+            self._futures[job] = self._pool.submit(self._lower, job)
         return self._futures[job]
 
 

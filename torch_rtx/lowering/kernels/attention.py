@@ -59,6 +59,7 @@ class Attention:
             largest scores and the sums of weights. Of `attention_forward`: the second is the logarithm of the sum of
             weights. Of `attention_backward`: the gradients of query, key, value and mask.
         modified: what functions make of the scores, in `flex_attention` and its gradients.
+        sink: one more score of each query, [*lead, queries, 1], which has no value.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Attention:
     range_rows: int | None
     results: tuple[Tensor | None, ...]
     modified: Modified | None = None
+    sink: Tensor | None = None
 
     @property
     def partial(self) -> bool:
@@ -152,12 +154,12 @@ def attention_of(region: Region) -> Attention:
     shared: Shape = (*heads[:-1], heads[-1] // constant(packed)) if packed > 1 else heads
     scale = node.arg("scale")
     scores = (*heads, from_dim(queries), key.shape[-2])
-    mask, bias = (
-        expand(_operand(region, node, name), scores) if node.arg(name) is not None else None
-        for name in ("attn_mask", "bias")
+    mask, bias, sink = (
+        expand(_operand(region, node, name), shape) if node.arg(name) is not None else None
+        for name, shape in (("attn_mask", scores), ("bias", scores), ("sink", (*scores[:-1], ONE)))
     )
     fill = node.arg("fill")
-    for added in (one for one in (mask, bias) if one is not None):
+    for added in (one for one in (mask, bias, sink) if one is not None):
         if added.dtype not in (*DTYPES, *(["bool"] if added is mask else [])):
             raise Unsupported(f"a mask of dtype {added.dtype}", loc=node.loc)
     modified = None
@@ -181,6 +183,7 @@ def attention_of(region: Region) -> Attention:
         rows if isinstance(rows := node.arg("rows"), int) else None,
         tuple(None if value is None else region.values[value.name] for value in node.outputs),
         modified,
+        sink,
     )
     return attn if node.op in (ATTENTION_FORWARD, *GRADIENTS) else _packed(attn)
 

@@ -87,6 +87,7 @@ class ForwardWriter(Tiles):
         for name in self.pieces("D"):
             self.tile("M", name)
             lines.append(f"Q{name[1:]} = {self.operand(attn.query, 'M', name, self.lead, self.row)}")
+        sink = None if attn.sink is None else emitter.value(attn.sink, (*self.lead, self.row, ZERO)).text
         lines.append(f"top = tl.full([{config.rows}], {LOWEST_F32!r}, tl.float32)")
         lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
         sums = [f"acc{name[1:]}" for name in self.pieces("E")]
@@ -94,8 +95,14 @@ class ForwardWriter(Tiles):
             lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
         self.walk()
         if not attn.partial:
-            weights = "tl.where(total == 0, 1, total)" if attn.safe else "total"
-            lines += [f"{total} = {total} / {weights}[:, None]" for total in sums]
+            weights = f"{'tl.where(total == 0, 1, total)' if attn.safe else 'total'}[:, None]"
+            if sink is not None:
+                # Infinite where the sink outweighs all keys by more than float32 holds: these weigh nothing then.
+                rise = (
+                    f"({sink} - top[:, None]) * {LOG2E!r}" if self.scale_first else f"{sink} * {LOG2E!r} - top[:, None]"
+                )
+                weights = f"({weights} + tl.exp2({rise}))"
+            lines += [f"{total} = {total} / {weights}" for total in sums]
         self._store()
         return lines
 

@@ -10,25 +10,29 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.chips import Chip
-from torch_rtx.errors import RtxError, Unsupported
+from torch_rtx.errors import KernelError, RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
 from torch_rtx.lowering.kernels.aot import Compilations, cores
+from torch_rtx.lowering.kernels.compile_forks import MOST, THREADS, Forks
 from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.toolchain import KEPT, versions
 from torch_rtx.tactics import Candidate, Tactic
 from torch_rtx.targets import EXACT, Arch, Float32, Target, arch_of
 
 NICENESS = 10  # the running program has priority
-AHEAD = 2  # ranks that are compiled with one, before they are asked for
+AHEAD, BEGUN = 2, KEPT // 4  # ranks, and kernels at most, that compile while the program measures
+BUILD, BEGIN = "build", "begin"  # what a request asks for
 Bodies = Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]]
 
 
@@ -49,25 +53,19 @@ def build(
         artefacts: where the stages of kernels are written and overridden.
         chip: the GPU; None: what stands for its SM version.
         float32: how exact products of float32 have to be.
-        running: compilations that outlive this request: those of the next ranks begin with those that are wanted.
+        running: compilations that outlive this request; None: new ones.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
-    target = arch_of(sm).target
-    arch = replace(target.arch, chip=chip or target.arch.chip, float32=float32)
-
-    def wanted() -> Iterator[kernel_build.Wanted[str]]:
-        yield from ((name, _ranked(body, name, arch, first), target) for name, (body, first) in bodies.items())
-        if running is not None and not artefacts:
-            _begin_later(bodies, arch, target, running)
-
+    target, arch = _target(sm, chip, float32)
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
         if first == 0 and isinstance(body, Graph):
             offers = sorted(_ranked(body, name, arch, first), key=lambda one: one[0])
             kernel_build.show_offers(artefacts, name, body, target, offers)
     found = {}
-    chosen, tried = kernel_build.build(wanted(), artefacts=artefacts, compilations=running)
+    wanted = ((name, _ranked(body, name, arch, first), target) for name, (body, first) in bodies.items())
+    chosen, tried = kernel_build.build(wanted, artefacts=artefacts, compilations=running)
     for name, results in tried.items():
         kernel_build.show_results(artefacts, name, target, results)
     for name, result in chosen.items():
@@ -90,23 +88,27 @@ def _ranked(body: Graph | Sequence[Tactic[Kernel]], name: str, arch: Arch, first
         return
 
 
-def _begin_later(bodies: Bodies, arch: Arch, target: Target, running: Compilations) -> None:
-    """Begin what a tuner asks for next, as far as half of the cores would idle: a model of few regions would wait for
-    one kernel after another. Not with the first rank, since not all that run it are measured."""
-    room = len(cores()) // 2 - len(bodies)
-    for ahead in range(1, AHEAD + 1):
-        for name, (body, first) in bodies.items():
-            if room <= 0 or first % (AHEAD + 1) != 1:
-                continue
-            _, tactic = next(_ranked(body, name, arch, first + ahead), (0, None))
-            for kernel in () if tactic is None else tactic.kernels.values():
-                running.begin(kernel, target)
-            room -= 1
+def begin(
+    bodies: Bodies, sm: int, chip: Chip | None = None, float32: Float32 = EXACT, *, running: Compilations
+) -> None:
+    """Begin what `build`, see there, is about to be asked for: of each region the tactics of AHEAD ranks."""
+    target, arch = _target(sm, chip, float32)
+    ranked = ((name, body, first + ahead) for ahead in range(AHEAD) for name, (body, first) in bodies.items())
+    heads = (next(_ranked(body, name, arch, rank), (0, None))[1] for name, body, rank in ranked)
+    kernels = (kernel for head in heads if head is not None for kernel in head.kernels.values())
+    for kernel in islice(kernels, BEGUN):
+        running.begin(kernel, target)
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests: with the result of `build`, or the text of its error. When their stream ends, the peer has
-    ended, in whatever way: so does this process, in the middle of a request, too."""
+def _target(sm: int, chip: Chip | None, float32: Float32) -> tuple[Target, Arch]:
+    """What is compiled for, and what tactics are ranked by."""
+    target = arch_of(sm).target
+    return target, replace(target.arch, chip=chip or target.arch.chip, float32=float32)
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, running: Compilations) -> NoReturn:
+    """Answer requests to `build`: with its result, or the text of its error. Those to `begin` get no answer. When their
+    stream ends, the peer has ended, in whatever way: so does this process, in the middle of a request, too."""
     received: SimpleQueue[Any] = SimpleQueue()
 
     def receive() -> None:
@@ -119,10 +121,13 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             _end()
 
     Thread(target=receive, daemon=True).start()
-    running = Compilations()
     while True:
-        request = received.get()
+        wanted, request = received.get()
         answer: dict[str, Candidate] | str
+        if wanted == BEGIN:
+            with suppress(Exception):  # `build` meets the same
+                begin(*request, running=running)
+            continue
         try:
             answer = build(*request, running=running)
         except (RtxError, OSError) as error:
@@ -134,7 +139,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         running.forget()
 
 
-def _end() -> None:
+def _end() -> NoReturn:
     """End this process at once, and the assemblers that it has started, which are in its group."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
@@ -147,4 +152,14 @@ def main() -> None:
         os.nice(NICENESS)
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what compilers print must not mix with answers
-    serve(sys.stdin.buffer, pipe)
+    serve(sys.stdin.buffer, pipe, _compilations((0, pipe.fileno())))
+
+
+def _compilations(inherited: Sequence[int]) -> Compilations:
+    """Compilations in forks if there are many cores, see `Forks`, else in threads."""
+    count = min(len(cores()), MOST)
+    if count <= THREADS or not hasattr(os, "fork"):
+        return Compilations()
+    with suppress(KernelError):  # Triton can't be used, as each request is told
+        versions()  # forks have it then
+    return Compilations(count, Forks(count, inherited, _end).lower)

@@ -2,7 +2,8 @@
 
 The keys are cut into ranges, which become a leading dimension. The first kernel is one call of
 `torch_rtx.attention_partial` (see `aten`): per range the weighted sum of its values, the largest score, and the sum of
-the weights, relative to that score. The second kernel rescales the ranges to their common maximum, adds and divides.
+the weights, relative to that score. The second kernel rescales the ranges to their common maximum, with a sink to that
+of both, adds and divides.
 
 Ranges are equally long. Where their length does not divide the number of keys, padding is added, and masked.
 """
@@ -151,8 +152,9 @@ def combine_attention(body: BodyBuilder, anchor: Node, partials: Values) -> Valu
     result = anchor.outputs[0]
     assert result is not None
     sums, peaks, totals = (body.unbind(partial, 0) for partial in partials)
-    peak = peaks[0]
-    for other in peaks[1:]:
+    given, peak = anchor.arg("sink"), peaks[0]
+    sink = body.reshape(given, type_of(peak).shape) if isinstance(given, Value) else None
+    for other in peaks[1:] if sink is None else (*peaks[1:], sink):
         peak = body.pointwise("maximum.default", peak, other=other)
     ranges = []
     for one, own, total in zip(sums, peaks, totals, strict=True):
@@ -161,6 +163,9 @@ def combine_attention(body: BodyBuilder, anchor: Node, partials: Values) -> Valu
     weighted, total = ranges[0]
     for one, other in ranges[1:]:
         weighted, total = body.add(weighted, one), body.add(total, other)
+    if sink is not None:
+        rise = body.pointwise("rsub.Tensor", peak, other=sink)
+        total = body.add(total, body.pointwise("exp.default", rise))
     if anchor.op != ATTENTION:  # rows without a visible key are 0
         none = body.call("eq.Scalar", replace(type_of(total), dtype="bool"), self=total, other=0)
         total = body.pointwise("masked_fill.Scalar", total, mask=none, value=1.0)

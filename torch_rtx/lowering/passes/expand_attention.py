@@ -75,8 +75,15 @@ def _expanded(node: Node, rewriter: Rewriter) -> Value | None:
         hidden = call("logical_not.default", self=rewriter.current(mask))
         number = -math.inf if fill is None else fill
         scores = call("masked_fill.Scalar", self=scores, mask=hidden, value=number)
+    sink, keys = node.arg("sink"), type_of(scores).shape[-1]
+    if isinstance(sink, Value):
+        dtype = type_of(scores).dtype
+        column = call("_to_copy.default", self=rewriter.current(sink), dtype=dtype)
+        scores = call("cat.default", tensors=(scores, column), dim=-1)
     safe = node.op == SDPA and mask is not None  # zeros for a query that sees no key
     weights = call("_safe_softmax.default" if safe else "softmax.int", self=scores, dim=-1)
+    if isinstance(sink, Value):
+        weights = call("slice.Tensor", self=weights, dim=-1, start=0, end=keys)
     dtype = type_of(argument(node, "value")).dtype
     weights = weights if type_of(weights).dtype == dtype else call("_to_copy.default", self=weights, dtype=dtype)
     return call("matmul.default", self=weights, other=value)

@@ -6,9 +6,8 @@
 
 The raised call rounds fewer times. It is `scaled_dot_product_attention` where that gives the same: masks hide keys, and
 leave one to each query, or the zeros are there for a query that sees no key (NaN in the scores then stays NaN).
-Otherwise it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that are filled with a number
-still count, where a query has no higher scores. With a sink it is `torch_rtx.attention_partial`, whose sum of weights
-the weight of the sink is added to.
+Otherwise, and with a sink, it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that are
+filled with a number still count, where a query has no higher scores.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, 
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
-from torch_rtx.lowering.kernels.memory_model import typical
-from torch_rtx.lowering.kernels.split_kv import MAX_QUERIES
 from torch_rtx.lowering.positions import Positions
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
-from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL, SDPA
+from torch_rtx.op_work import ATTENTION, SDPA
 
 PRODUCTS = {
     "aten.matmul.default": ("self", "other"),
@@ -155,7 +152,7 @@ class _Matcher:
             return None
         if cut is not None:
             scores, sink = self._without_sink(scores, cut)
-            if scores is None or typical(_shape(scores)[-2]) <= MAX_QUERIES:  # fewer are better off in several kernels
+            if scores is None or zeroed:
                 return None
         return self._scores(scores, _Match(scores, scores, value, 1.0, zeroed=zeroed, sink=sink))
 
@@ -437,34 +434,16 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
     shape = (*_shape(operands[0])[:-1], _shape(operands[2])[-1])
     type_ = TensorType(_type(found.query).dtype, shape, contiguous(shape), _type(found.query).device)
     if found.sink is not None:
-        output = _with_sink(found.sink, type_, given, last, rewriter)
-    else:
-        output = rewriter.emit(SDPA if mask is None or mask.hides else ATTENTION, last.loc, (type_,), **given)
+        if _shape(found.sink)[:-1] != shape[:-1]:
+            raise Unsupported("a sink that is divided otherwise")
+        given["sink"] = _current(found.sink, rewriter)
+    plain = found.sink is None and (mask is None or mask.hides)
+    output = rewriter.emit(SDPA if plain else ATTENTION, last.loc, (type_,), **given)
     if shape != _shape(result):
         output = emit("view.default", self=output, size=_shape(result))
     if output.type != _type(result):
         raise Unsupported("a result of another type")
     return output
-
-
-def _with_sink(sink: Value, type_: TensorType, given: dict[str, Attr], last: Node, rewriter: Rewriter) -> Value:
-    """Emit attention to the keys, and divide by the sum of all weights, that of the sink too."""
-    if type_.dtype == "f64":
-        raise Unsupported("attention in parts, which are f32")
-    if not {"fill", "bias"}.isdisjoint(given) or _shape(sink)[:-1] != type_.shape[:-1]:
-        raise Unsupported("a sink beside keys that are hidden and count, or that is divided otherwise")
-
-    def emit(op: str, /, **args: Attr) -> Value:
-        return rewriter.emit(f"aten.{op}", last.loc, **args)
-
-    shapes = [(*type_.shape[:-1], width) for width in (type_.shape[-1], 1, 1)]
-    types = tuple(TensorType("f32", shape, contiguous(shape), type_.device) for shape in shapes)
-    values = rewriter.emit(ATTENTION_PARTIAL, last.loc, types, **given)
-    _, peak, total = rewriter.nodes[-1].outputs
-    score = emit("_to_copy.default", self=_current(sink, rewriter), dtype="f32")
-    weight = emit("exp.default", self=emit("sub.Tensor", self=score, other=peak))
-    output = emit("div.Tensor", self=values, other=emit("add.Tensor", self=total, other=weight))
-    return emit("_to_copy.default", self=output, dtype=type_.dtype) if type_.dtype != "f32" else output
 
 
 def _count(shape: tuple[Dim, ...]) -> Dim:

@@ -45,14 +45,15 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
             return False
         condition, choice = _condition(mask, constants)
         needed, op = _needed(condition, constants, positions), node.op
-        causal = needed is not None and op == SDPA and _is_causal(needed, _scores(node), constants, positions)
+        sees_itself = op == SDPA or (node.arg("sink") is not None and node.arg("fill") is None)
+        causal = needed is not None and sees_itself and _is_causal(needed, _scores(node), constants, positions)
         if needed is not None and not causal and choice is not None:
             needed = mask if needed is condition else chosen(choice, needed, rewriter)
         args: dict[str, Attr] = dict(node.args)
         if needed is None:
             del args["attn_mask"]
             args.pop("fill", None)
-            op = SDPA
+            op = SDPA if node.arg("sink") is None else op
         elif causal:
             del args["attn_mask"]
             args["is_causal"] = True
@@ -60,7 +61,7 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
             args["attn_mask"] = needed
         else:
             return False
-        order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "fill", "enable_gqa")
+        order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "fill", "enable_gqa", "sink")
         pairs = tuple((name, args[name]) for name in order if name in args)
         rewriter.keep(Node("op", op, pairs, node.outputs, None, node.loc))
         return True

@@ -22,7 +22,7 @@ from torch_rtx.targets import Arch
 def attention_split(body: Graph, name: str, num_splits: int) -> Graph:
     """`body`, of the kernel `name`, with its keys split into `num_splits` (split-KV); see `split_anchor`."""
     anchor = next(node for node in body.nodes if node.op in OPS)
-    return split_anchor(body, name, anchor, num_splits, split_attention, combine_attention, ("bias",))
+    return split_anchor(body, name, anchor, num_splits, split_attention, combine_attention, ("sink",))
 
 
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
