@@ -316,6 +316,11 @@ def _seen(query: torch.Tensor, key: torch.Tensor, is_causal: bool, band: Sequenc
     return distance <= 0 if is_causal else (distance >= band[0]) & (distance <= band[1])
 
 
+def _both(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """A mask without the keys that are not `seen`."""
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -334,11 +339,12 @@ def _attention(
     mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
     or is NaN. A `bias` is added to the scores before these are hidden. A `sink` (..., queries, 1) is one more score of
     each query, which has no value: a query that sees no key is 0 then. With a `band`, (first, last), query i sees no
-    key but those from i + first to i + last; a band alone is the same as this mask of the ATen call."""
+    key but those from i + first to i + last; with nothing else but a mask this is the ATen call with both masks."""
     seen = _seen(query, key, is_causal, band)
-    if band and attn_mask is None and bias is None and sink is None:
+    if band and fill is bias is sink is None:
+        mask = seen if attn_mask is None else _both(attn_mask, seen)
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, seen, scale=scale, enable_gqa=enable_gqa)
+        return attend(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale

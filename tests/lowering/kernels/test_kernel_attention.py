@@ -181,8 +181,9 @@ def with_sink(queries: int = 18, shared: int = 2, **args: Attr) -> Case:
 
 
 def in_band(first: int, last: int, inputs: dict[str, Any], config: AttentionConfig = SMALL, **given: Any) -> Case:
-    def calls(emit: Emit, q: Value, k: Value, v: Value) -> Value:
-        return emit("torch_rtx.attention.default", query=q, key=k, value=v, scale=0.25, band=(first, last))
+    def calls(emit: Emit, q: Value, k: Value, v: Value, *masks: Value) -> Value:
+        more = {**dict(zip(("attn_mask",), masks, strict=False)), "scale": 0.25, "band": (first, last)}
+        return emit("torch_rtx.attention.default", query=q, key=k, value=v, **more)
 
     return Case(inputs, calls, config, **given)
 
@@ -253,6 +254,8 @@ CASES = {
     "band on both sides, long blocks": in_band(-5, 7, plain(1, 2, 39, 64, 16), AttentionConfig(16, 32, 4, 1)),
     "band, long rows, ahead": in_band(3, 9, plain(2, 1, 40, 45, 16), AttentionConfig(32, 16, 4, 1)),
     "band, rows without a key": in_band(-4, 0, plain(1, 2, 39, 20, 16)),
+    "band, mask of keys": in_band(-1, 0, plain(2, 2, 18, 21, 16, mask=((2, 1, 1, 21), "bool"))),
+    "band, added mask": in_band(-2, 5, plain(2, 2, 18, 21, 16, mask=((18, 21), FLOAT))),
     "band, open sizes": in_band(-4, 4, plain(BATCH, 2, LENGTH, LENGTH, 16), sizes={"s0": 2, "s1": 37}),
     "band, sink, packed": with_sink(3, enable_gqa=True, band=(-1, 5)),
     "band, sink, mask": with_sink(18, 4, band=(-6, 2)),
