@@ -341,7 +341,7 @@ def _attention(
     each query, which has no value: a query that sees no key is 0 then. With a `band`, (first, last), query i sees no
     key but those from i + first to i + last; with nothing else but a mask this is the ATen call with both masks."""
     seen = _seen(query, key, is_causal, band)
-    if band and fill is bias is sink is None:
+    if seen is not None and not is_causal and fill is None and bias is None and sink is None:
         mask = seen if attn_mask is None else _both(attn_mask, seen)
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)

@@ -178,7 +178,7 @@ def attention_of(region: Region) -> Attention:
         bool(node.arg("is_causal")),
         float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(_static(query.shape[-1])),
         float(fill) if isinstance(fill, int | float) and math.isfinite(fill) else None,
-        node.op != ATTENTION or (bool(band) and fill is bias is sink is None),
+        node.op != ATTENTION or (bool(band) and fill is None and bias is None and sink is None),
         tuple(lead),
         queries,
         packed,
