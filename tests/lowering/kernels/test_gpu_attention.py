@@ -86,6 +86,6 @@ def test_sinks(queries: int, window: int) -> None:
     runtime = torch_rtx.RuntimeSettings(tactics="kernel", specialization_strategy="none")
     settings = torch_rtx.CompilationSettings(targets=[str(target_of("native"))])
     module = torch_rtx.compile(model, inputs, settings=settings, runtime=runtime)
-    assert len(launched(module.session.tactics)) == 1
+    assert 1 <= len(launched(module.session.tactics)) <= 2  # of one query, the keys may be split
     for _ in range(2):
         assert_right(module(*inputs), model(*inputs), exact)
