@@ -12,9 +12,11 @@ sizes are only known at run time, and for operators of a higher order, tensor su
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import takewhile
 from operator import getitem
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _compiling_state_context
-from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, has_metadata_mutation, to_fun
+from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -38,16 +40,26 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx._lazy_graph_module import _make_graph_module
+from torch.fx.experimental.proxy_tensor import (
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    maybe_enable_thunkify,
+    track_tensor_tree,
+)
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._thunk import Thunk
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_rtx.errors import Unsupported
 
-Table = Mapping[torch._ops.OperatorBase, Callable[..., Any]]
+log = logging.getLogger(__name__)
+Table = Mapping[Any, Callable[..., Any]]
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NUMBERS = (*SYMBOLIC, int, float)
+READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)  # numbers that are no sizes
 LITERALS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 # Of types, devices and ranges that a capture fixes anyway.
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
@@ -63,23 +75,29 @@ def decomposed(program: ExportedProgram, table: Table, with_triton: bool) -> Exp
         with_triton: operators made of Triton kernels are traced, and not called as they are.
     """
     try:
-        return _Copy(program, table, with_triton).program()
-    except Unsupported:
+        return _Copy(program).program(table, with_triton)
+    except Exception as error:  # whatever it is: PyTorch may know better, and says it in its own words
+        log.info("the program is traced again as a whole: %s", error)
         return None
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a call becomes: a graph, whose results are those of the call, then the new contents of what it writes to.
+    """What a call became.
 
     Attributes:
-        spec: the structure of the call's result.
-        written: which of the distinct tensors among its arguments it writes to.
+        given: the distinct tensors among its arguments.
+        calls: those that it made.
+        results: the leaves of its result, then the new contents of what it writes to.
+        spec: the structure of its result.
+        written: which of the tensors it writes to.
     """
 
-    graph: fx.Graph
+    given: Sequence[fx.Node]
+    calls: Sequence[fx.Node]
+    results: Sequence[Any]
     spec: pytree.TreeSpec
-    written: tuple[int, ...]
+    written: Sequence[int]
 
 
 class _Copy:
@@ -88,202 +106,212 @@ class _Copy:
     Attributes:
         now: what each node of the program stands for at this point: a node of the copy, a literal, or a list of these.
         sizes: the nodes of the copy that compute a number, by its expression.
+        sharing: the nodes of the program whose tensors lie in the same memory.
+        written: inputs that are written to.
     """
 
-    def __init__(self, source: ExportedProgram, table: Table, with_triton: bool) -> None:
-        self.source, self.table, self.with_triton = source, table, with_triton
-        self.graph = fx.Graph()
+    def __init__(self, source: ExportedProgram) -> None:
+        self.source, self.nodes = source, list(source.graph.nodes)
         self.now: dict[fx.Node, Any] = {}
         self.sizes: dict[Any, fx.Node] = {}
         self.parts: dict[Any, _Parts] = {}
+        self.types: dict[fx.Node, Any] = {}
         self.written: set[fx.Node] = set()
-        nodes = list(source.graph.nodes)
-        self.position = {node: index for index, node in enumerate(nodes)}
-        self.last_read = {node: max((self.position[u] for u in node.users), default=-1) for node in nodes}
+        self.position = {node: index for index, node in enumerate(self.nodes)}
         self.sharing: dict[StorageWeakRef, list[fx.Node]] = {}
-        modes = [val.fake_mode for node in nodes if isinstance(val := node.meta.get("val"), FakeTensor)]
-        self.mode = modes[0] if modes else FakeTensorMode()
+        self.tracer: Any = None
 
-    def program(self) -> ExportedProgram:
-        """The copy.
+    def program(self, table: Table, with_triton: bool) -> ExportedProgram:
+        """The copy; arguments as in `decomposed`.
 
         Raises:
             Unsupported: see the module.
         """
         signature = self.source.graph_signature
-        kinds = {spec.kind for spec in signature.input_specs} - set(InputKind) | {spec.kind for spec in signature.output_specs}
-        if kinds - {OutputKind.USER_OUTPUT} or signature.input_tokens:
-            raise Unsupported("an output is no result")
-        for node in self.source.graph.nodes:
-            val = node.meta.get("val")
-            if any(isinstance(leaf, (torch.Tensor, *SYMBOLIC)) and free_unbacked_symbols(leaf) for leaf in pytree.tree_leaves(val)):
-                raise Unsupported("a size is known when the program runs")
-            if isinstance(val, torch.Tensor):
-                self.sharing.setdefault(StorageWeakRef(val.untyped_storage()), []).append(node)
-        with self._tracing():
-            for node in self.source.graph.nodes:
-                self._copy(node)
-        return self._finished()
+        kinds = {spec.kind for spec in (*signature.input_specs, *signature.output_specs)}
+        if kinds - {*WRITTEN, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR, OutputKind.USER_OUTPUT}:
+            raise Unsupported(f"an input or output is of the kinds {kinds}")
+        values = [node.meta.get("val") for node in self.nodes]
+        if any(map(_is_late, pytree.tree_leaves(values))):
+            raise Unsupported("a size is known when the program runs")
+        mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None) or FakeTensorMode()
+        for node, value in zip(self.nodes, values, strict=True):
+            for tensor in pytree.tree_leaves(value):
+                if isinstance(tensor, torch.Tensor):
+                    self.sharing.setdefault(StorageWeakRef(tensor.untyped_storage()), []).append(node)
+        with _decomposing(mode, with_triton), FunctionalTensorMode(_allow_token_discovery=True):
+            graph = make_fx(lambda: self._copied(), table, _disable_torch_fn_metadata_mode=True)().graph
+        return self._finished(graph)
 
-    @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
-        """The modes in which PyTorch decomposes programs."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.mode)
-            stack.enter_context(tracing(TracingContext(self.mode)))
-            stack.enter_context(_ignore_backend_decomps())
-            stack.enter_context(_compiling_state_context())
-            if not self.with_triton:
-                stack.enter_context(_disable_custom_triton_op_functional_decomposition())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(enable_python_dispatcher())
-            yield
+    def _copied(self) -> list[Any]:
+        """Makes the copy in the trace that is running. Returns what inputs are written with, and the results."""
+        mode: Any = get_proxy_mode()
+        self.tracer, self.graph = mode.tracer, mode.tracer.graph
+        with maybe_enable_thunkify():
+            for node in self.nodes:
+                self._copy(node)
+        results = [self.now[node] for node in self.nodes if node in self.written]
+        results += map(self._of, self.nodes[-1].args[0])
+        return [self.tracer.proxy(one) if isinstance(one, fx.Node) else one for one in results]
 
     def _copy(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
         if node.op == "placeholder":
-            self._placeholder(node)
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target is not ASSERTION:
-                self._call(node)
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), (*SYMBOLIC, int, float)):
-            self.now[node] = self._number(node, self._of)
+            self._placeholder(node, value)
+        elif node.op == "call_function" and isinstance(value, NUMBERS) and node.target not in READS:
+            self._number(node, value)
         elif node.op == "call_function" and node.target is getitem:
             self.now[node] = self._of(node.args[0])[node.args[1]]
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target is ASSERTION:
+                return
+            if not node.target._schema.returns:
+                raise Unsupported(f"{node.target} has no result")
+            self._call(node)
         elif node.op != "output":
-            raise Unsupported(f"no copy of {node.format_node()}")
+            raise Unsupported(f"there is no copy of {node.format_node()}")
 
-    def _placeholder(self, node: fx.Node) -> None:
-        val = node.meta.get("val")
-        made = self.graph.placeholder(node.name)
-        made.meta = dict(node.meta)
-        made.name = node.name
-        if type(val) is FakeTensor and val.layout == torch.strided:
-            self.now[node] = made
-        elif isinstance(val, SYMBOLIC):
-            self.now[node] = self.sizes[_expression(val)] = made
-        elif isinstance(val, LITERALS):
-            self.now[node] = val
-        else:
-            raise Unsupported(f"an input is a {type(val).__name__}")
+    def _placeholder(self, node: fx.Node, value: Any) -> None:
+        made = self.graph.create_node("placeholder", node.target)
+        made.meta, made.name = dict(node.meta), node.name  # also of a built-in function, as the signature has it
+        if isinstance(value, SYMBOLIC):
+            self._track(made, value)
+        elif not isinstance(value, LITERALS) and (type(value) is not FakeTensor or value.layout != torch.strided):
+            raise Unsupported(f"an input is a {type(value).__name__}")
+        self.now[node] = value if isinstance(value, LITERALS) else made
+
+    def _number(self, node: fx.Node, value: Any) -> None:
+        """A number that `node` computes: a literal, or the node that computes it already, or a copy of `node`."""
+        if isinstance(value, SYMBOLIC) and _expression(value) not in self.sizes:
+            self._track(self._made(node, self._of, node), value)
+        self.now[node] = self.sizes[_expression(value)] if isinstance(value, SYMBOLIC) else value
+
+    def _track(self, node: fx.Node, number: Any) -> None:
+        self.sizes[_expression(number)] = node
+        with _disable_current_modes():
+            track_tensor_tree(number, self.tracer.proxy(node), constant=None, tracer=self.tracer)
 
     def _of(self, value: Any) -> Any:
         return self.now[value] if isinstance(value, fx.Node) else value
 
-    def _number(self, node: fx.Node, new: Callable[[fx.Node], Any], like: fx.Node | None = None) -> Any:
-        """A number that `node` computes: a literal, or the node that computes it already, or a copy of `node`."""
-        val = node.meta["val"]
-        if not isinstance(val, SYMBOLIC):
-            return val
-        found = self.sizes.get(_expression(val))
-        if found is None:
-            found = self.sizes[_expression(val)] = self._made(node, new, like or node)
-        return found
-
-    def _made(self, node: fx.Node, new: Callable[[fx.Node], Any], like: fx.Node) -> fx.Node:
-        """A copy of a call at the end of the graph, at the line of the model of `like`."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), new)
-        made = self.graph.create_node("call_function", node.target, args, kwargs, name=like.name)
-        made.meta = {key: value for key, value in like.meta.items() if key not in OF_ITS_PLACE}
-        made.meta["val"] = node.meta["val"]
+    def _made(self, node: fx.Node, new: Callable[[fx.Node], Any], source: fx.Node) -> fx.Node:
+        """A copy of a call at the end of the graph, for the line of the model that `source` is from."""
+        made: fx.Node = self.graph.create_node(node.op, node.target, *fx.map_arg((node.args, node.kwargs), new))
+        made.meta = _from(source) | {"val": node.meta["val"]}
         return made
 
     def _call(self, node: fx.Node) -> None:
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         values = list(map(self._of, leaves))
-        given = list(dict.fromkeys(value for value in values if isinstance(value, fx.Node)))
+        tensors = (value for value in values if isinstance(value, fx.Node) and self._type(value) is not None)
+        given = list(dict.fromkeys(tensors))
         places = {value: index for index, value in enumerate(given)}
-        where = tuple((fx.Node, places[v]) if isinstance(v, fx.Node) else (type(v), _literal(v)) for v in values)
-        key = node.target, spec, where, tuple(_type(one.meta["val"]) for one in given)
+        where = [(fx.Node, places[value]) if value in places else self._literal(value) for value in values]
+        key = node.target, spec, tuple(where), tuple(map(self._type, given))
         parts = self.parts.get(key)
         if parts is None:
-            parts = self.parts[key] = self._traced(node.target, values, spec, given)
-        new = dict(zip(parts.graph.find_nodes(op="placeholder"), given, strict=True))
-        for one in parts.graph.nodes:
-            if one.op == "call_function":
-                is_number = isinstance(one.meta.get("val"), SYMBOLIC)
-                new[one] = self._number(one, new.__getitem__, node) if is_number else self._made(one, new.__getitem__, node)
-        results = fx.map_arg(parts.graph.output_node().args[0], new.__getitem__)
+            parts = self.parts[key] = self._traced(node, values, spec, given)
+            results = parts.results
+        else:
+            new = dict(zip(parts.given, given, strict=True))
+            for one in parts.calls:
+                new[one] = self._made(one, lambda old: new.get(old, old), node)
+            results = [new.get(one, one) if isinstance(one, fx.Node) else one for one in parts.results]
         count = parts.spec.num_leaves
         for index, content in zip(parts.written, results[count:], strict=True):
             self._write(node, given[index], content)
-        self.now[node] = pytree.tree_unflatten(list(results[:count]), parts.spec)
+        self.now[node] = pytree.tree_unflatten(results[:count], parts.spec)
 
-    def _traced(self, target: Any, values: Sequence[Any], spec: pytree.TreeSpec, given: list[fx.Node]) -> _Parts:
-        places = {one: index for index, one in enumerate(given)}
-        found: list[Any] = []
+    def _traced(self, node: fx.Node, values: Sequence[Any], spec: pytree.TreeSpec, given: Sequence[fx.Node]) -> _Parts:
+        last = next(reversed(self.graph.nodes), None)
+        with _disable_current_modes():
+            # Copies of a call share the object that is their type, and PyTorch tells tensors apart by their objects.
+            known = {one: one.meta["val"].detach() for one in given}
+            for one, tensor in known.items():
+                track_tensor_tree(tensor, self.tracer.proxy(one), constant=None, tracer=self.tracer)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+            wrapped = {one: to_fun(tensor) for one, tensor in known.items()}
+            flat = [wrapped.get(v, v.meta["val"]) if isinstance(v, fx.Node) else v for v in values]
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            leaves, structure = pytree.tree_flatten(node.target(*args, **kwargs))  # type: ignore[operator]
+            written = [index for index, one in enumerate(given) if has_data_mutation(wrapped[one])]
+            found = [from_fun(leaf) for leaf in (*leaves, *(wrapped[given[index]] for index in written))]
+        made = [*takewhile(lambda one: one is not last, reversed(self.graph.nodes))][::-1]
+        calls = [one for one in made if not isinstance(one.meta.get("val"), SYMBOLIC)]
+        for one in calls:
+            if one.op != "call_function" or not (
+                one.target is getitem or isinstance(one.target, torch._ops.OpOverload)
+            ):
+                raise Unsupported(f"{node.target} makes {one.format_node()}")
+        for one in made:
+            one.meta = _from(node) | {"val": one.meta["val"]}
+        return _Parts(given, calls, list(map(self._node, found)), structure, written)
 
-        def call(*args: Any) -> list[Any]:
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
-                wrapped = [to_fun(arg) for arg in args]
-                flat = [wrapped[places[value]] if isinstance(value, fx.Node) else value for value in values]
-                args, kwargs = pytree.tree_unflatten(flat, spec)
-                leaves, structure = pytree.tree_flatten(target(*args, **kwargs))
-                tensors = [index for index, one in enumerate(wrapped) if isinstance(one, torch.Tensor)]
-                written = tuple(index for index in tensors if has_data_mutation(wrapped[index]))
-                found[:] = [structure, written]
-                return [from_fun(leaf) for leaf in (*leaves, *(wrapped[index] for index in written))]
+    def _node(self, value: Any) -> Any:
+        """What computes a value of the trace."""
+        if isinstance(value, torch.Tensor):
+            return get_proxy_slot(value, self.tracer).proxy.node
+        return get_proxy_slot(value, self.tracer).force().node if isinstance(value, SYMBOLIC) else value
 
-        # Nodes that the same call became share the object that is their type; PyTorch tells arguments apart by theirs.
-        examples = [val.detach() if isinstance(val, torch.Tensor) else val for val in (one.meta["val"] for one in given)]
-        try:
-            with FunctionalTensorMode(_allow_token_discovery=True):
-                trace = make_fx(call, self.table, _disable_torch_fn_metadata_mode=True)
-                graph = trace(*examples).graph
-        except Exception as error:  # PyTorch will raise it again, with its own words
-            raise Unsupported(f"{target}: {error}") from error
-        for one in graph.nodes:
-            if one.op == "call_function":
-                val = one.meta.get("val")
-                if not isinstance(val, SYMBOLIC) and one.target is not getitem and not isinstance(one.target, torch._ops.OpOverload):
-                    raise Unsupported(f"{target} calls {one.target}")
-            elif one.op not in ("placeholder", "output"):
-                raise Unsupported(f"{target} has a constant")
-        return _Parts(graph, *found)
+    def _type(self, node: fx.Node) -> Any:
+        """As part of a key: everything that a trace of a call can depend on; None for a number."""
+        if node not in self.types:
+            self.types[node] = _type(node.meta["val"])
+        return self.types[node]
+
+    def _literal(self, value: Any) -> Any:
+        """As part of a key: numbers that are equal may still differ."""
+        if isinstance(value, fx.Node):
+            return _expression(value.meta["val"])
+        if not isinstance(value, LITERALS):
+            raise Unsupported(f"an argument is a {type(value).__name__}")
+        return type(value), repr(value) if isinstance(value, float | complex) else value
 
     def _write(self, node: fx.Node, old: fx.Node, new: Any) -> None:
         """From `node` on, what stood for `old` stands for `new`.
 
         Raises:
-            Unsupported: another view of the memory is still read, or has another type.
+            Unsupported: another view of the memory is still read, or the new contents have another type.
         """
-        if not isinstance(new, fx.Node) or _type(new.meta["val"]) != _type(old.meta["val"]):
+        if not isinstance(new, fx.Node) or self._type(new) != self._type(old):
             raise Unsupported("a tensor gets contents of another type")
         names = [one for one, stands in self.now.items() if stands is old]
         memory = {StorageWeakRef(one.meta["val"].untyped_storage()) for one in names}
+        here = self.position[node]
         for one in {other for storage in memory for other in self.sharing.get(storage, ())} - {*names}:
-            before = self.position[one] < self.position[node]
-            if before and (one.op == "placeholder" or self.last_read[one] > self.position[node]):
+            read = one.op == "placeholder" or any(self.position[user] > here for user in one.users)
+            if self.position[one] < here and read:
                 raise Unsupported("a tensor is written of which another view is read")
         for one in names:
             self.now[one] = new
             if one.op == "placeholder":
                 self.written.add(one)
 
-    def _finished(self) -> ExportedProgram:
+    def _finished(self, graph: fx.Graph) -> ExportedProgram:
+        """The program that has this graph."""
         source, signature = self.source, self.source.graph_signature
         specs: list[OutputSpec] = []
-        results: list[Any] = []
-        inputs = zip(source.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True)
-        for node, spec in inputs:
+        for node, spec in zip(self.nodes, signature.input_specs, strict=False):
             if node in self.written:
                 if spec.kind not in WRITTEN:
                     raise Unsupported("a constant is written")
-                results.append(self._content(self.now[node], spec.kind))
                 name = node.name if spec.kind is InputKind.USER_INPUT else spec.target
-                specs.append(OutputSpec(WRITTEN[spec.kind], TensorArgument(""), name))
-        for value, spec in zip(source.graph.output_node().args[0], signature.output_specs, strict=True):
-            results.append(self._of(value))
-            specs.append(copy(spec))
-        self.graph.output(tuple(results)).meta = dict(source.graph.output_node().meta)
-        self.graph.eliminate_dead_code()
+                specs.append(OutputSpec(WRITTEN[spec.kind], TensorArgument(name=""), name))
+        output = graph.output_node()
+        output.meta = dict(self.nodes[-1].meta)
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        for index, spec in enumerate(specs):
+            if spec.kind is OutputKind.BUFFER_MUTATION and results[index].target is torch.ops.aten.copy.default:
+                results[index] = results[index].args[1]  # the buffer is written with it anyway
+        specs += map(copy, signature.output_specs)
+        output.args = (tuple(results),)
+        graph.eliminate_dead_code()
         for value, spec in zip(results, specs, strict=True):
-            if isinstance(spec.arg, TensorArgument | SymIntArgument):
-                if not isinstance(value, fx.Node):
-                    raise Unsupported("a result is a number")
+            if isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument | SymIntArgument):
                 spec.arg = type(spec.arg)(name=value.name)
             elif isinstance(value, fx.Node) or not isinstance(spec.arg, ConstantArgument):
                 raise Unsupported("a result is of another kind")
-        gm = fx.GraphModule(torch.nn.Module(), self.graph)
+        gm = _make_graph_module(torch.nn.Module(), graph)
         gm.meta.update(source.graph_module.meta)
         return ExportedProgram(
             root=gm,
@@ -296,26 +324,36 @@ class _Copy:
             constants=source.constants,
         )
 
-    def _content(self, value: fx.Node, kind: InputKind) -> fx.Node:
-        """The new content of an input; a buffer's may be a copy, of which what is copied is enough."""
-        return value
+
+@contextlib.contextmanager
+def _decomposing(mode: FakeTensorMode, with_triton: bool) -> Iterator[None]:
+    """The modes in which PyTorch decomposes programs."""
+    with contextlib.ExitStack() as stack:
+        if not with_triton:
+            stack.enter_context(_disable_custom_triton_op_functional_decomposition())
+        for context in (mode, tracing(TracingContext(mode)), _ignore_backend_decomps(), _compiling_state_context()):
+            stack.enter_context(context)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(enable_python_dispatcher())
+        yield
+
+
+def _is_late(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, *SYMBOLIC)) and bool(free_unbacked_symbols(value))
+
+
+def _from(source: fx.Node) -> dict[str, Any]:
+    return {key: value for key, value in source.meta.items() if key not in OF_ITS_PLACE}
 
 
 def _expression(number: Any) -> Any:
     return type(number), number.node.expr
 
 
-def _literal(value: Any) -> Any:
-    """As part of a key: numbers that are equal may still differ."""
-    if not isinstance(value, LITERALS):
-        raise Unsupported(f"an argument is a {type(value).__name__}")
-    return repr(value) if isinstance(value, float | complex) else value
-
-
 def _type(value: Any) -> Any:
-    """As part of a key: everything of a value that a trace of it can depend on."""
+    """See `_Copy._type`."""
     if not isinstance(value, torch.Tensor):
-        return _expression(value)
+        return None
     numbers = (*value.shape, *value.stride(), value.storage_offset())
     exact = tuple(number.node.expr if isinstance(number, torch.SymInt) else number for number in numbers)
     return value.dtype, value.device, value.dim(), exact, value.is_conj(), value.is_neg(), value.requires_grad
