@@ -70,6 +70,7 @@ OF_WARP = 1024
 HELD_TILE, HELD_VECTOR, HELD_MOST = 4096, 8, 64  # most elements of a tile; of each thread, those of a tile and of a row
 TYPICAL_PROCESSORS = 132
 TILES_PER_PROCESSOR = 8
+BUSY = 16  # elements of a thread at least, where a tile is divided among more warps
 MOST_OF_FEW = 512  # elements of a row, of which a program has several
 REPEATED = 64  # elements of an operand that repeats, less than threads: Triton lets each thread load what it needs
 UNKNOWN = 1 << 14  # elements of a row of symbolic size
@@ -109,12 +110,19 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
     held = held_configs(region)
     if region.reductions:
+        smaller += _more_warps(best)
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
     scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
     count = rows_of(region).count.number
     few = count is not None and held and count < TYPICAL_PROCESSORS * held[0].rows
     every = dict.fromkeys([*repeated[:1], *([best, *held] if few else [*held, best]), *smaller])
     return [one for one in every if not scans or one.elements == best.elements]
+
+
+def _more_warps(config: LoopConfig) -> list[LoopConfig]:
+    """The same tile with fewer elements per thread, for bodies of many operations: these need more warps at once."""
+    more = (config.num_warps * times for times in (2, 4))
+    return [replace(config, num_warps=n) for n in more if n <= 16 and config.rows * config.elements >= BUSY * 32 * n]
 
 
 def held_configs(region: Region) -> list[LoopConfig]:
