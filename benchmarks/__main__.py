@@ -46,13 +46,16 @@ def parser() -> argparse.ArgumentParser:
     swept.add_argument("--counts", action="store_true", help="fallbacks, calls and copies in engines; needs no GPU")
     swept.add_argument("--per-gpu", type=int, default=1, help="models at a time on a GPU; they take turns at measuring")
     swept.add_argument("--model-limit", type=float, default=math.inf, help="seconds that all peers of a model may take")
-    swept.add_argument("--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed")
     swept.set_defaults(suite=("sweep",))
     _measured(swept, Path("sweep.json"), 400, "cuda")
     piped = commands.add_parser("pipelines", help="measure texts and images, and print them side by side; resumes")
     piped.add_argument("--cold", action="store_true", help="without a second process, which finds full caches")
     piped.set_defaults(suite=("pipelines",))
     _measured(piped, Path("pipelines.json"), 120, "auto")
+    for command in (swept, piped):
+        command.add_argument(
+            "--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed"
+        )
     show = commands.add_parser("report", help="print tables as Markdown")
     show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
     show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
@@ -94,10 +97,10 @@ def _run(options: argparse.Namespace) -> int:
         again=options.again,
         plugins=tuple(options.plugin),
         warm=not getattr(options, "cold", False),
+        settle_s=getattr(options, "settle", math.inf),
     )
     if options.command == "sweep":
-        limits = {"settle_s": options.settle, "model_limit_s": options.model_limit}
-        plan = replace(plan, per_gpu=options.per_gpu, **limits)
+        plan = replace(plan, per_gpu=options.per_gpu, model_limit_s=options.model_limit)
         return sweep.main(plan, options.counts)
     status = runner.main(plan, sys.stderr)
     if options.command == "pipelines":

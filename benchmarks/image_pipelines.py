@@ -12,7 +12,9 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+import torch_rtx
 from benchmarks import timing
 from benchmarks.cases import Workload
 from benchmarks.numerics import assert_right
@@ -20,7 +22,7 @@ from benchmarks.pipelines import OURS, Pipeline
 from torch_rtx.backend.entry import rtx
 from torch_rtx.integrations.diffusers import accelerate
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 RANK = 16
 SWAPS = 4
 STEPS = {"sdxl": 30, "sdxl_lora": 4, "flux": 28}
@@ -99,8 +101,11 @@ def build(workload: Workload, peer: str, device: str, folder: Path, warm: bool) 
     undo = _compile(pipe, peer, swaps)
     steps = STEPS[workload.model] if workload.size == "full" else BRIEF
     result, brief = partial(draw, steps), partial(draw, BRIEF)
-    more = partial(_swaps, pipe, peer, loras, result, device) if swaps else None
-    return Pipeline(result, brief, partial(_check, pipe, brief, undo), more)
+    found = Pipeline(result, brief, partial(_check, pipe, brief, undo))
+    if swaps:
+        measured = _Swaps(pipe, peer, loras, result, device)
+        found.early, found.more = measured.early, measured.settled
+    return found
 
 
 def _compile(pipe: Any, peer: str, denoiser_alone: bool) -> Callable[[], object]:
@@ -144,56 +149,89 @@ def _check(pipe: Any, brief: Callable[[], Tensor], undo: Callable[[], object]) -
 # ---- LoRAs -----------------------------------------------------------------------------------------------------------
 
 
-def _swaps(
-    pipe: Any, peer: str, loras: list[str], result: Callable[[], Tensor], device: str
-) -> Iterator[dict[str, Any]]:
-    """Under `lora`, in seconds: `swap_s`, how much later a result is there if a LoRA comes from a file before it, in
-    the place of another one; `set_s`, if both are in memory; `later`, the time of results after it as a share of what
-    it was before."""
+class _Swaps:
+    """LoRAs that change places, under `lora`, in seconds: `swap_s`, how much later a result is there if a LoRA comes
+    from a file before it, in the place of another one; `set_s`, if both are in memory; `graphs`, how many were compiled
+    for that; `later`, the time of results after it as a share of what it was before; `same_again`, whether a LoRA
+    draws the same image again, bit for bit.
 
-    def seconds(change: Callable[[], object]) -> float:
-        timing.synchronize(device)
+    Args:
+        result: draws with what is loaded; at first the first LoRA is, as `one`.
+    """
+
+    def __init__(self, pipe: Any, peer: str, loras: list[str], result: Callable[[], Tensor], device: str) -> None:
+        self._pipe, self._peer, self._loras, self._result, self._device = pipe, peer, loras, result, device
+        self._found: dict[str, Any] = {}
+
+    def early(self) -> Iterator[dict[str, Any]]:
+        """While there may still be work in the background, which other processes of a GPU may be, too."""
+        before = counters["stats"]["unique_graphs"]
+        for swapped, _ in self._swapped():
+            yield self._tell(swap_s=swapped, graphs=counters["stats"]["unique_graphs"] - before)
+        if self._peer not in (*OURS, "eager"):
+            return  # compiled code has the layers of one adapter
+        self._pipe.load_lora_weights(self._loras[1], adapter_name="two")
+        self._result()
+        settings = []
+        for name in ("two", "one", "two", "one"):
+            settings.append(self._later(partial(self._pipe.set_adapters, name)))
+            graphs = counters["stats"]["unique_graphs"] - before
+            yield self._tell(set_s=timing.summary(settings), graphs=graphs)
+        self._pipe.delete_adapters("two")
+
+    def settled(self) -> Iterator[dict[str, Any]]:
+        """When results are as fast as they get.
+
+        Raises:
+            AssertionError: the same LoRA draws another image with code that is the same.
+        """
+        quiet = torch_rtx.wait(0)
+        first, before = self._result().clone(), statistics.median(self._seconds() for _ in range(3))
+        for swapped, later in self._swapped():
+            yield self._tell(swap_s=swapped, later=statistics.median(later) / before)
+        same = torch.equal(self._result(), first)
+        yield self._tell(same_again=same)
+        assert same or not quiet or self._peer not in OURS, "a LoRA that came again draws another image"
+
+    def _tell(self, **news: Any) -> dict[str, Any]:
+        self._found |= news
+        return {"lora": dict(self._found)}
+
+    def _swapped(self) -> Iterator[tuple[dict[str, float], list[float]]]:
+        """After each swap a summary of all, and the seconds of results after them."""
+        swapped, later = [], list[float]()
+        for count in range(SWAPS):
+            path = self._loras[(count + 1) % 2]
+            swap = partial(self._pipe.load_lora_weights, path, adapter_name="one", hotswap=True)
+            swapped.append(self._later(swap, later))
+            yield timing.summary(swapped), later
+
+    def _later(self, change: Callable[[], object], later: list[float] | None = None) -> float:
+        """How much later a result is there after a change than the next one, whose seconds `later` gets."""
+        changed, normal = self._seconds(change), self._seconds()
+        if later is not None:
+            later.append(normal)
+        return max(0.0, changed - normal)
+
+    def _seconds(self, change: Callable[[], object] = lambda: None) -> float:
+        """Seconds of a change and a result."""
+        timing.synchronize(self._device)
         start = time.perf_counter()
         change()
-        result()
-        timing.synchronize(device)
+        self._result()
+        timing.synchronize(self._device)
         return time.perf_counter() - start
-
-    def swap(index: int) -> None:
-        pipe.load_lora_weights(loras[index], adapter_name="one", hotswap=True)
-
-    first, before = result().clone(), statistics.median(seconds(lambda: None) for _ in range(3))
-    found: dict[str, Any] = {}
-    swapped, later = [], []
-    for count in range(SWAPS):
-        swapped.append(seconds(partial(swap, (count + 1) % 2)))
-        later += [seconds(lambda: None) for _ in range(2)]
-        normal = statistics.median(later)
-        found = {"swap_s": timing.summary([max(0.0, one - normal) for one in swapped]), "later": normal / before}
-        yield {"lora": found}
-    yield {"lora": found | {"same_again": torch.equal(result(), first)}}
-    if peer not in OURS:
-        return  # compiled code has the layers of one adapter
-    assert torch.equal(result(), first), "a LoRA that came again draws another image"
-    pipe.load_lora_weights(loras[1], adapter_name="two")
-    settings = [seconds(partial(pipe.set_adapters, name)) for name in ("two", "one", "two", "one")]
-    normal = statistics.median(seconds(lambda: None) for _ in range(3))
-    yield {"lora": found | {"same_again": True, "set_s": timing.summary([max(0.0, one - normal) for one in settings])}}
 
 
 def _lora(pipe: Any, folder: Path, seed: int) -> str:
     """A folder with a LoRA of random weights, which an earlier process may have left."""
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
     if not folder.exists():
-        torch.manual_seed(seed)
-        with torch.device("meta"):
-            model = type(pipe.unet).from_config(pipe.unet.config)
-            model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
-        state = {
-            name: 0.05 * torch.randn(t.shape, dtype=pipe.dtype) for name, t in get_peft_model_state_dict(model).items()
-        }
+        noise, state = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+        for name, layer in pipe.unet.named_modules():
+            if name.endswith(LAYERS):
+                for part, shape in (("A", (RANK, layer.in_features)), ("B", (layer.out_features, RANK))):
+                    values = 0.05 * torch.randn(shape, generator=noise)
+                    state[f"{name}.lora_{part}.weight"] = values.to(pipe.dtype)
         pipe.save_lora_weights(folder, unet_lora_layers=state)
     return str(folder)
 

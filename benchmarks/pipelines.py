@@ -34,6 +34,7 @@ RESULTS = {
     "flux": "28 steps, 1024 x 1024",
 }
 SETTLE_S = 30.0  # seconds that what goes on in the background may take before results are timed
+EARLY_S, MORE_S = 25.0, 60.0  # seconds that the stages for `early` and `more` may take
 OURS = ("rtx-engine", "rtx", "rtx-blocks")
 # What is asked most of comes first: a run that is stopped keeps what it has.
 PEER_NAMES = (*OURS, "reduce-overhead", "inductor-blocks", "max-autotune", "eager")
@@ -48,6 +49,7 @@ class Pipeline:
         result: makes a result.
         brief: the same with fewer steps, by the same programs.
         more: further metrics as they are found; None: there are none.
+        early: the same, of those that need nobody to wait for the background.
         check: raises `AssertionError` if results are wrong. Afterwards the pipeline is another one.
         keep: keeps files for the next process.
     """
@@ -57,6 +59,7 @@ class Pipeline:
     check: Callable[[], None]
     more: Callable[[], Iterator[dict[str, Any]]] | None = None
     keep: Callable[[], None] = lambda: None
+    early: Callable[[], Iterator[dict[str, Any]]] | None = None
 
 
 def why_not(peer: str, workload: Workload, device: str) -> str | None:

@@ -141,6 +141,13 @@ def _settled(row: Row, environment: dict[str, Any]) -> str:
     return "" if seconds is None else f"{'' if metric(row, 'settled') else 'more than '}{number(seconds)}"
 
 
+def _swapped(row: Row, environment: dict[str, Any]) -> str:
+    """Seconds by which a result is later after a swap, or that did not suffice for any."""
+    stopped = metric(row, "early_stopped_s")
+    seconds = metric(row, "lora.swap_s")
+    return f"more than {number(stopped)}" if stopped and seconds is None else spread(seconds)
+
+
 def _ops(name: str) -> Cell:
     """Operators of an engine by number."""
 
@@ -268,8 +275,9 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("tokens per s", _of("tokens_per_s")),
         ("of its steps", _of("of_bare")),
         ("sampled", _of("sampled_tokens_per_s")),
-        ("LoRA swap s", _of("lora.swap_s")),
+        ("LoRA swap s", _swapped),
         ("in memory s", _of("lora.set_s")),
+        ("graphs for it", _of("lora.graphs")),
         ("results after it", _of("lora.later")),
     ],
     "counts": [*_CONTENTS, ("s", _of("lower_s"))],

@@ -443,7 +443,10 @@ class Runner:
                 elif event["event"] == "together":
                     turns.release(worker)
                 elif event["event"] == "partial":
-                    partial[event["peer"]] = event["metrics"]
+                    peer, metrics = event["peer"], event["metrics"]
+                    if told := _news(partial.get(peer, {}), metrics):
+                        self.progress.line(f"  {peer}: {told}")
+                    partial[peer] = metrics
                 else:
                     peer = event["peer"]
                     peers.remove(peer)
@@ -493,6 +496,20 @@ class Runner:
         found = results.headline(row, SUITES[job.suite].headline)
         told = reason or (f"{found[0]} {found[1]:.4g}" if found else "done")
         self.progress.line(f"{job.suite} {job.workload.name} {peer}: {'' if status == 'ok' else status + ': '}{told}")
+
+
+def _news(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The metrics that are new or others, with their medians where they are summaries of many values."""
+    found = []
+    for name, value in now.items():
+        known = before.get(name)
+        if isinstance(value, dict) and "median" not in value:
+            inner = _news(known if isinstance(known, dict) else {}, value)
+            found += [f"{name}.{one}" for one in inner.split(", ") if inner]
+        elif value is not None and value != known:
+            shown = value["median"] if isinstance(value, dict) else value
+            found.append(f"{name} {shown:.4g}" if isinstance(shown, float) else f"{name} {shown}")
+    return ", ".join(found)
 
 
 def main(plan: Plan, stream: TextIO) -> int:

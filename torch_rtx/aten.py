@@ -307,6 +307,20 @@ def _attention_partial(
     return weights @ value.to(wide), largest, weights.sum(-1, keepdim=True)
 
 
+def _seen(query: torch.Tensor, key: torch.Tensor, is_causal: bool, band: Sequence[int]) -> torch.Tensor | None:
+    """Which keys queries see by their positions; None: all."""
+    if not (is_causal or band):
+        return None
+    rows, columns = (torch.arange(one.shape[-2], device=query.device) for one in (query, key))
+    distance = columns - rows[:, None]
+    return distance <= 0 if is_causal else (distance >= band[0]) & (distance <= band[1])
+
+
+def _both(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """A mask without the keys that are not `seen`."""
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -319,11 +333,18 @@ def _attention(
     bias: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     is_causal: bool = False,
+    band: Sequence[int] = (),
 ) -> torch.Tensor:
     """Attention as models write it out. It differs from `aten.scaled_dot_product_attention` for scores that a boolean
     mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
     or is NaN. A `bias` is added to the scores before these are hidden. A `sink` (..., queries, 1) is one more score of
-    each query, which has no value: a query that sees no key is 0 then."""
+    each query, which has no value: a query that sees no key is 0 then. With a `band`, (first, last), query i sees no
+    key but those from i + first to i + last; with nothing else but a mask this is the ATen call with both masks."""
+    seen = _seen(query, key, is_causal, band)
+    if seen is not None and not is_causal and fill is None and bias is None and sink is None:
+        mask = seen if attn_mask is None else _both(attn_mask, seen)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
@@ -332,9 +353,7 @@ def _attention(
         masked = attn_mask.dtype == torch.bool
         number = -torch.inf if fill is None else fill
         scores = scores.masked_fill(~attn_mask, number) if masked else scores + attn_mask
-    if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
+    scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
     if sink is None:
         weights = scores.softmax(-1)
     else:
@@ -398,7 +417,8 @@ def _to_int8(self: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale, float? fill=None,"
-    " bool enable_gqa=False, Tensor? bias=None, Tensor? sink=None, bool is_causal=False) -> Tensor"
+    " bool enable_gqa=False, Tensor? bias=None, Tensor? sink=None, bool is_causal=False,"
+    " int[] band=[]) -> Tensor"
 )
 _LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.define(

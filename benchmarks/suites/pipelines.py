@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import Job
-from benchmarks.pipelines import SETTLE_S, TEXT
+from benchmarks.pipelines import EARLY_S, MORE_S, SETTLE_S, TEXT
 from benchmarks.suites.cold import CACHES
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from benchmarks.worker import Reporter
 
 AGAIN = 3  # how often it may begin anew: kernels for a size, then those that were measured, then a CUDA graph
+
+
+class TimeIsUp(BaseException):
+    """A stage has had its time. No `Exception`, since a compiler that is at work takes those for failures."""
 
 
 class WrongResult(Exception):
@@ -37,7 +43,7 @@ def measure(job: Job, out: Reporter) -> None:
     """`result_s` of later results, when nothing is left to do in the background, which took `settle_s`. Under `cold`
     and `warm`, in seconds from the start of the process: `import_s` until libraries are imported, `ready_s` until the
     model is on the device, `first_s` until the first result; and `next_s`, of the result after it. Pipelines have more
-    of their own."""
+    of their own; `early_stopped_s` and `more_stopped_s` are there if these took more than so many seconds."""
     (name,) = job.peers
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, out.attempt(name, "cold"):
@@ -97,33 +103,69 @@ def in_new_process(job: Job, folder: Path, phase: str, started: float) -> Iterat
     yield {phase: {"next_s": seconds()}}
     if phase == "warm":
         return
+    if pipeline.early is not None:
+        yield {"stage": "early"}
+        yield from within(EARLY_S, "early", pipeline.early())
     yield {"stage": "background"}
     start = time.perf_counter()
-    settled = settle(pipeline, job.peers[0])
+    settled = settle(pipeline, job.peers[0], min(SETTLE_S, job.settle_s))
     yield {"settle_s": time.perf_counter() - start, "settled": settled}
     yield {"stage": "results"}
     times: list[float] = []
     for _ in range(job.rounds):
         times.append(seconds())
         yield {"result_s": summary(times)}
-    yield {"stage": "more"}
-    yield from pipeline.more() if pipeline.more is not None else ()
-    pipeline.keep()
-    yield {"stage": "check"}
     try:
+        if pipeline.more is not None:
+            yield {"stage": "more"}
+            yield from within(MORE_S, "more", pipeline.more())
+        pipeline.keep()
+        yield {"stage": "check"}
         pipeline.check()
     except AssertionError as error:
         yield {"wrong": str(error)}
 
 
-def settle(pipeline: Pipeline, peer: str) -> bool:
-    """Make results until nothing is left to do in the background; whether that was within SETTLE_S."""
+def within(seconds: float, stage: str, news: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`news`, as far as they come within so many seconds: a stage that takes longer ends there, and keeps no later one
+    from being measured. To be used by the main thread."""
+    end = time.perf_counter() + seconds
+    while True:
+        try:
+            with _alarm(end - time.perf_counter()):  # not while the caller has its turn
+                one = next(news, None)
+        except TimeIsUp:
+            yield {f"{stage}_stopped_s": seconds}
+            return
+        if one is None:
+            return
+        yield one
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raises TimeIsUp in the block if it takes longer."""
+
+    def ring(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # zero would be no alarm
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def settle(pipeline: Pipeline, peer: str, seconds: float) -> bool:
+    """Make results until nothing is left to do in the background; whether that was within so many seconds."""
     if not peer.startswith("rtx"):
         pipeline.brief()
         return True
     import torch_rtx
 
-    end, done = time.perf_counter() + SETTLE_S, False
+    end, done = time.perf_counter() + seconds, False
     for _ in range(AGAIN):
         done = torch_rtx.wait(max(0.0, end - time.perf_counter()))
         pipeline.brief()

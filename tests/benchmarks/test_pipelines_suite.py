@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,39 @@ def test_a_text_in_this_process(tmp_path: Path) -> None:
     seconds = {name: s for news in said for name, s in news.get("cold", {}).items()}
     assert 0 < seconds["import_s"] < seconds["ready_s"] < seconds["first_s"]
     assert 0 < seconds["next_s"] < seconds["first_s"]
+
+
+def test_loras_change_places(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    job = Job("pipelines", Workload("sdxl_lora", 1, size="small"), ("eager",), "cpu", rounds=1)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
+        said = list(suite.in_new_process(job, tmp_path, "cold", time.time()))
+    stages = [news["stage"] for news in said if "stage" in news]
+    assert stages == ["model", "first result", "early", "background", "results", "more", "check"]
+    (*_, lora) = [news["lora"] for news in said if "lora" in news]
+    assert lora.keys() == {"swap_s", "graphs", "set_s", "later", "same_again"}
+    assert (lora["graphs"], lora["same_again"]) == (0, True)
+
+
+def test_a_stage_that_takes_too_long() -> None:
+    def news() -> Iterator[dict[str, Any]]:
+        yield {"one": 1}
+        time.sleep(60)
+
+    start = time.perf_counter()
+    assert [*suite.within(0.05, "early", news())] == [{"one": 1}, {"early_stopped_s": 0.05}]
+    assert [*suite.within(60.0, "early", iter([{"one": 1}]))] == [{"one": 1}]
+    assert time.perf_counter() - start < 50
+    row = {**key("pipelines", LLAMA, "a processor", "rtx"), "metrics": {"early_stopped_s": 25.0}}
+    assert report._swapped(row, {}) == "more than 25.0"
+
+
+def test_what_is_new() -> None:
+    before = {"cold": {"import_s": 1.0}, "result_s": {"median": 2.0, "p5": 1.0}}
+    now = {"cold": {"import_s": 1.0, "first_s": 3.14159}, "result_s": {"median": 2.5, "p5": 1.0}, "settled": True}
+    assert runner._news(before, now) == "cold.first_s 3.142, result_s 2.5, settled True"
+    assert runner._news(now, now) == ""
 
 
 def test_what_a_stopped_process_had_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 import torch_rtx  # noqa: E402
 from torch_rtx.errors import EngineFormatError, InputError, SettingsError  # noqa: E402
 from torch_rtx.integrations.generation import GenerationEngine  # noqa: E402
+from torch_rtx.integrations.sampling import Timestamps  # noqa: E402
 from torch_rtx.integrations.transformers import (  # noqa: E402
     Decode,
     Encode,
@@ -23,6 +25,7 @@ from torch_rtx.integrations.transformers import (  # noqa: E402
     export_generate,
 )
 
+TIMES = 21  # the first timestamp
 VOCABULARY, PLACES, SOURCE, START, END, PAD = 37, 16, 8, 2, 1, 0
 ENDS = {"decoder_start_token_id": START, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 3}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -60,6 +63,12 @@ def expected(model: Any, source: Tensor, begin: Tensor | None = None, **options:
     return torch.cat([*given.values(), found], 1) if source.is_floating_point() and found.shape[1] <= 8 else found
 
 
+def with_times(model: Any, most: int | None = 4) -> Any:
+    config = copy.deepcopy(model.generation_config)
+    vars(config).update(no_timestamps_token_id=TIMES - 1, max_initial_timestamp_index=most)
+    return config
+
+
 @pytest.fixture(scope="module")
 def hearing() -> Any:
     return tiny("Whisper")
@@ -67,8 +76,11 @@ def hearing() -> Any:
 
 @pytest.fixture(scope="module")
 def writer(hearing: Any) -> GenerationEngine:
-    """For one or two sounds."""
-    return export_generate(hearing, max_cache_len=PLACES, batch_size=(1, 2), source=sounds(1), strip_weights=False)
+    """For one or two sounds. It knows timestamps; Whisper's own method would take a text with them for several."""
+    plain, hearing.generation_config = hearing.generation_config, with_times(hearing)
+    engine = export_generate(hearing, max_cache_len=PLACES, batch_size=(1, 2), source=sounds(1), strip_weights=False)
+    hearing.generation_config = plain
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +183,51 @@ def test_what_a_text_must_begin_and_end_with(
     assert (drawn[0, 1], drawn[0, -1]) == (5, END)
 
 
+def timed(model: Any, source: Tensor, begin: Tensor, **options: Any) -> Tensor:
+    """What transformers writes with timestamps in one pass."""
+    from transformers.generation import WhisperTimeStampLogitsProcessor as Rule
+
+    rule = Rule(with_times(model), begin_index=begin.shape[1])
+    given = {"decoder_input_ids": begin.expand(len(source), -1), "do_sample": False, "max_new_tokens": 12, **options}
+    found: Tensor = transformers.GenerationMixin.generate(model, source, logits_processor=[rule], **given)
+    return found
+
+
+def test_timestamps(hearing: Any, writer: GenerationEngine) -> None:
+    begin = ASKED[:, :3]
+    for seed in range(6):
+        source = sounds(2, seed)
+        for rules in ({}, {"suppress_tokens": [23, 24, 30]}):
+            given = {"decoder_input_ids": begin.expand(2, -1), "max_new_tokens": 12, "eos_token_id": None, **rules}
+            wanted = timed(hearing, source, begin, eos_token_id=None, **rules)
+            assert torch.equal(writer.generate(source, return_timestamps=True, **given), wanted)
+    drawn = writer.generate(source, return_timestamps=True, do_sample=True, temperature=4.0, **given)[:, 3:]
+    assert bool((drawn[:, 0] >= TIMES).all())
+    assert bool((drawn[:, 1:] < TIMES).any())
+    for option in ({"repetition_penalty": 1.2}, {}):
+        engine = writer if option else GenerationEngine(writer.prefill, writer.decode, writer.sample, writer.encode)
+        with pytest.raises(InputError, match="repetition_penalty" if option else "knows no timestamps"):
+            engine.stream(source, return_timestamps=True, **given, **option)
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_which_tokens_may_follow_timestamps(hearing: Any, most: int | None) -> None:
+    """All states that texts of random scores come through."""
+    from transformers.generation import WhisperTimeStampLogitsProcessor as Rule
+
+    torch.manual_seed(0)
+    rule, rows = Rule(with_times(hearing, most), begin_index=2), 200
+    text, token = torch.full((rows, 2), 5), torch.zeros(rows, 1, dtype=torch.long)
+    previous, before, latest = (torch.full((rows, 1), value) for value in (-1, TIMES, -1))
+    for _ in range(10):
+        logits = 3 * torch.randn(rows, VOCABULARY)
+        wanted = rule(text, logits)
+        assert torch.equal(Timestamps(TIMES - 1, END, most)(logits, token, previous, before, latest), wanted)
+        assert torch.equal(token[:, 0], wanted.argmax(-1))
+        previous = wanted.softmax(-1).nan_to_num(1).multinomial(1)  # of the tokens that may follow, if there are any
+        text = torch.cat([text, previous], 1)
+
+
 def test_a_folder_takes_other_weights(writer: GenerationEngine, hearing: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -266,7 +323,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("T5", {}, {"source": None}, r"encoder for text, and source is None\n.*source=512"),
     ("Bart", {}, {"source": 33}, "the encoder has 32 positions"),
     ("Whisper", {}, {"max_cache_len": 33}, "the model has 32 positions"),
-    ("Whisper", {"return_timestamps": True}, {}, "asks for: return_timestamps=True"),
+    ("Whisper", {"no_speech_threshold": 0.6}, {}, "asks for: no_speech_threshold=0.6"),
     ("Bart", {"num_beams": 4, "no_repeat_ngram_size": 3}, {"source": 8}, "num_beams=4, no_repeat_ngram_size=3"),
 ]
 

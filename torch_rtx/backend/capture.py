@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.carried import carried_by, carrying
+from torch_rtx.backend.distinct_calls import decomposed
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fake_triton import standing_in, traced_launches, whole_operators
 from torch_rtx.backend.fast_path import FAST_PATH
@@ -353,13 +354,14 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
         program = copy(program)
         program._constants = dict(program.constants)
         mended = _mending(program.constants)
+        table, with_triton = FAST_PATH | definitions() | registered_definitions(), _is_for_gpu(program)
         with torch.no_grad(), keep_ops(), unset_fake_temporarily(), mended, standing_in(), defined_operators():
-            program = _decompose_exported_program(
+            program = decomposed(program, table, with_triton) or _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table=FAST_PATH | definitions() | registered_definitions(),
+                python_decomp_table=table,
                 joint_loss_index=None,
-                decompose_custom_triton_ops=_is_for_gpu(program),
+                decompose_custom_triton_ops=with_triton,
             )
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)  # checks dtypes and devices, which the capture fixes anyway

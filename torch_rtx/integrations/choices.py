@@ -60,6 +60,7 @@ class Rules:
         least: a sequence does not end before it has so many new tokens.
         forced_first: the first new token; None: it is chosen.
         forced_last: the last of the most new tokens, of sequences that have not ended; None: it is chosen.
+        timestamps: texts have them, see `Timestamps`.
     """
 
     ends: tuple[int, ...] = ()
@@ -68,6 +69,7 @@ class Rules:
     least: int = 0
     forced_first: int | None = None
     forced_last: int | None = None
+    timestamps: bool = False
 
     def bans(self) -> dict[int, tuple[int, ...]]:
         """By the number of a new token, the first being 0: which ones may not be that, or later ones up to the next

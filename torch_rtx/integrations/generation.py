@@ -28,14 +28,14 @@ from torch_rtx.runtime.weight_sources import WeightSource, tensors_of
 from torch_rtx.settings import RuntimeSettings, settings_of
 
 PROGRAMS = ("prefill", "decode", "sample")
-ENCODE = "encode"  # the program that models with an encoder have besides
+FURTHER = ("encode", "timestamps")  # those of models with an encoder, and of models whose texts may have timestamps
 CACHE = "cache_"  # what the names of its tensors begin with
 WIDE = {"token", "position", "mask", "seen", "uniforms"}  # inputs with a row for each sequence
 # What an engine knows of its model's generation configuration. All but `pad_token_id` are options of `stream` as well,
 # or follow from those.
 KNOWN = (
     *("eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens"),
-    *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "return_timestamps"),
 )
 AHEAD = 2  # steps that are queued on a GPU while the host waits for a token
 MASKS = 8  # of tokens that may not be chosen, kept for further texts
@@ -67,13 +67,13 @@ class State:
     Attributes:
         tensors: by the names that they have as inputs of the programs.
         cache: those that hold what the model knows of earlier tokens.
-        step, choice: the inputs of `decode` and of `sample`, the latter with None in place of the scores.
+        step, choice, times: the inputs of `decode`, `sample` and `timestamps`, with None in place of the scores.
     """
 
     @torch.inference_mode(False)  # whose tensors could not be written to in other calls
     def __init__(self, engine: GenerationEngine, batch: int) -> None:
         self.batch, self.tensors = batch, dict[str, Tensor]()
-        for program in (engine.decode, engine.sample):
+        for program in filter(None, (engine.decode, engine.sample, engine.timestamps)):
             sizes = dict.fromkeys(program.engine.graph.syms, batch)  # no other size varies
             for name, type_ in _inputs(program).items():
                 shape: list[Any] = [evaluate(dim, sizes) for dim in type_.shape]
@@ -82,7 +82,9 @@ class State:
         self.cache = [tensor for name, tensor in self.tensors.items() if name.startswith(CACHE)]
         self.step = [self.tensors[name] for name in _inputs(engine.decode)]
         self.choice = [self.tensors.get(name) for name in _inputs(engine.sample)]
+        self.times = [] if engine.timestamps is None else [self.tensors.get(n) for n in _inputs(engine.timestamps)]
         self.token, self.banned = self.tensors["token"], self.tensors["banned"]
+        self._begin = getattr(engine.timestamps, "no_timestamps", -2) + 1  # the first timestamp
         self._bans: dict[tuple[int, ...], Tensor] = {}  # on the device: a copy from the host would wait for it
         self._cuda = engine.device.type == "cuda"
         self.ahead = AHEAD if self._cuda else 0
@@ -107,6 +109,9 @@ class State:
             tensors["source_mask"].zero_()[:, : read.shape[1]] = read
         tensors["length"].fill_(length)
         tensors["position"].copy_(positions[:, -1:] + 1)
+        if self.times:
+            for name, value in {"previous": -1, "before": self._begin, "latest": -1}.items():
+                tensors[name].fill_(value)
         if sampling.plain:
             return
         tensors["seen"].zero_().scatter_(1, ids, True)
@@ -168,6 +173,7 @@ class GenerationEngine:
         decode: the same for one further token, which it replaces by the one with the best score.
         sample: replaces it by another choice, see `sampling`.
         encode: computes what the decoder of a model with an encoder looks at.
+        timestamps: replaces scores and token where a text has timestamps, see `sampling`.
 
     Attributes:
         device: where it runs.
@@ -183,8 +189,10 @@ class GenerationEngine:
         decode: CompiledModule,
         sample: CompiledModule,
         encode: CompiledModule | None = None,
+        timestamps: CompiledModule | None = None,
     ) -> None:
-        self.prefill, self.decode, self.sample, self.encode = prefill, decode, sample, encode
+        self.prefill, self.decode, self.sample = prefill, decode, sample
+        self.encode, self.timestamps = encode, timestamps
         self._weighted = [program for program in (decode, prefill, encode) if program is not None]
         self.device, self._idle, self._lock = decode.device, list[State](), threading.Lock()
         known = _inputs(sample) | _inputs(decode)
@@ -195,6 +203,7 @@ class GenerationEngine:
         configs = [p.engine.manifest.model.get("attributes", {}).get("config") for p in self._weighted]
         alike &= all(config == configs[0] for config in configs)  # which has such as frequencies of positions
         encoded = "encoded" in _inputs(prefill)
+        alike &= timestamps is None or type(getattr(timestamps, "no_timestamps", None)) is int
         if not alike or fixed.keys() != WIDE or "banned" not in known or encoded != (encode is not None):
             hint = "use the files that one call of `save` wrote"
             raise EngineFormatError("these engines do not generate text together", hint=hint)
@@ -219,8 +228,8 @@ class GenerationEngine:
         settings = replace(settings_of(RuntimeSettings, settings), watch_weights=False)
         given: dict[str, Any] = {"trusted_ops": trusted_ops, "trust_binaries": trust_binaries}
         path = Path(folder)
-        names = [*PROGRAMS, *[ENCODE] * (path / f"{ENCODE}.rtx").exists()]
-        engine = cls(*[load(path / f"{name}.rtx", None, device, settings, **given) for name in names])
+        names = [*PROGRAMS, *[name for name in FURTHER if (path / f"{name}.rtx").exists()]]
+        engine = cls(**{name: load(path / f"{name}.rtx", None, device, settings, **given) for name in names})
         if weights is None:  # those in the engines, if they were built with `strip_weights=False`
             weights = {n: t for p in engine._weighted for n, t in (p.engine.weights or {}).items()} or None
         if weights is not None:
@@ -231,7 +240,7 @@ class GenerationEngine:
         """Write the engines to a folder, which is made if there is none; see `torch_rtx.save`."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        for name in (*PROGRAMS, ENCODE):
+        for name in (*PROGRAMS, *FURTHER):
             program, file = getattr(self, name), path / f"{name}.rtx"
             if program is None:
                 file.unlink(missing_ok=True)  # of another engine
@@ -295,6 +304,8 @@ class GenerationEngine:
             pad_token_id: what follows a sequence that has ended, by default the model's, or the first `eos_token_id`.
             suppress_tokens, begin_suppress_tokens: tokens that no text has, and that none begins with, by default the
                 model's; None: there are none.
+            return_timestamps: texts have timestamps, by default where the model's configuration says so. That is one
+                pass over what the encoder reads: transformers' own method goes on from the last timestamp.
             generator: where random numbers come from, by default PyTorch's own on the CPU. Equal numbers give equal
                 text on one device.
             do_sample, temperature, top_k, top_p, repetition_penalty: those of `Sampling`.
@@ -318,6 +329,7 @@ class GenerationEngine:
         pad_token_id: int | None = _DEFAULT,
         suppress_tokens: Sequence[int] | None = _DEFAULT,
         begin_suppress_tokens: Sequence[int] | None = _DEFAULT,
+        return_timestamps: bool | None = _DEFAULT,
         generator: torch.Generator | None = None,
         **sampling: Any,
     ) -> tuple[Prompt, Iterator[Tensor]]:
@@ -335,8 +347,9 @@ class GenerationEngine:
                 raise InputError(f"there are {len(ids)} decoder_input_ids for {len(inputs)} sources")
             prompt = Prompt(*self._prompts("decoder_input_ids", ids, decoder_attention_mask, None), read)
         count = self._count(prompt.ids.shape[1], max_new_tokens)
-        rules = self._rules(prompt.ids.shape[1], ends, min_new_tokens, suppress_tokens, begin_suppress_tokens)
         choice = Sampling(**sampling)
+        timed = self._timed(return_timestamps, choice)
+        rules = self._rules(prompt.ids.shape[1], ends, min_new_tokens, suppress_tokens, begin_suppress_tokens, timed)
         uniforms = None
         if choice.do_sample:
             place = "cpu" if generator is None else generator.device
@@ -348,11 +361,24 @@ class GenerationEngine:
         """An option that names tokens, by default the model's."""
         return tokens_of(name, getattr(self.decode, name, None) if given is _DEFAULT else given, self._vocabulary)
 
-    def _rules(self, length: int, ends: tuple[int, ...], least: Any, suppress: Any, begin_suppress: Any) -> Rules:
+    def _timed(self, given: bool | None, choice: Sampling) -> bool:
+        """Whether texts have timestamps."""
+        timed = bool(getattr(self.decode, "return_timestamps", None) if given is _DEFAULT else given)
+        if timed and self.timestamps is None:
+            hint = "export with model.generation_config.no_timestamps_token_id, the token before the first timestamp"
+            raise InputError("return_timestamps, and the engine knows no timestamps", hint=hint)
+        if timed and choice.repetition_penalty != 1:
+            raise InputError("a repetition_penalty, which is not applied where texts have timestamps")
+        return timed
+
+    def _rules(
+        self, length: int, ends: tuple[int, ...], least: Any, suppress: Any, begin_suppress: Any, timed: bool
+    ) -> Rules:
         """Those for prompts of this length."""
         if least is _DEFAULT:
-            known = [getattr(self.decode, name, None) or 0 for name in ("min_new_tokens", "min_length")]
-            least = max(known[0], known[1] - length)
+            known = [getattr(self.decode, name, None) for name in ("min_new_tokens", "min_length")]
+            new, whole = [value if type(value) is int else 0 for value in known]
+            least = max(new, whole - length)
         if least is not None and (type(least) is not int or least < 0):
             raise InputError(f"min_new_tokens is {least!r}, not a number of tokens")
         forced = self._tokens_of("forced_bos_token_id", _DEFAULT if length == 1 else None)
@@ -364,6 +390,7 @@ class GenerationEngine:
             least or 0,
             next(iter(forced), None),
             min(last, default=None),
+            timed,
         )
 
     def _count(self, length: int, count: int | None) -> int:
@@ -468,7 +495,7 @@ class GenerationEngine:
                     logits = torch.full_like(logits, -torch.inf)
                     logits[:, rules.forced_first] = 0
                 state.token.copy_(logits.argmax(-1, keepdim=True))
-                self._choose(state, logits, choice)
+                self._choose(state, logits, choice, rules.timestamps)
             pending: deque[Callable[[], Tensor]] = deque()
             for step in range(count):
                 with self._placed():
@@ -481,12 +508,16 @@ class GenerationEngine:
                     with self._placed():
                         if step + 1 in bans:
                             state.ban(bans[step + 1])
+                        if rules.timestamps:
+                            state.tensors["previous"].copy_(state.token)
                         (logits,) = self.decode.session(state.step)
-                        self._choose(state, logits, choice)
+                        self._choose(state, logits, choice, rules.timestamps)
             while pending and not end.all:
                 yield end(pending.popleft()())
 
-    def _choose(self, state: State, logits: Tensor, choice: Sampling) -> None:
+    def _choose(self, state: State, logits: Tensor, choice: Sampling, timed: bool) -> None:
+        if timed and self.timestamps is not None:
+            (logits,) = self.timestamps.session([logits if given is None else given for given in state.times])
         if not choice.plain:
             self.sample.session([logits if given is None else given for given in state.choice])
 

@@ -1,4 +1,4 @@
-"""The choice of the next token from a model's scores, as a program that runs on the device of the model."""
+"""The choice of the next token from a model's scores, as programs that run on the device of the model."""
 
 from __future__ import annotations
 
@@ -56,3 +56,54 @@ class Sampler(nn.Module):
         token.copy_(chosen)
         seen.scatter_(1, chosen, True)
         return chosen.squeeze(1)
+
+
+class Timestamps(nn.Module):
+    """Which tokens may follow where a text has timestamps, as `WhisperTimeStampLogitsProcessor` of transformers has it.
+
+    A timestamp ends a phrase and another one begins the next: they come in pairs, never go back, and one comes first. A
+    token of a text does not come where timestamps are likelier together than the best of these. The state is the last
+    two tokens and the last timestamp, so that no step has to look at all earlier ones.
+
+    Args:
+        no_timestamps: the token before the first timestamp; all later ones are timestamps.
+        end: the token that may follow the first timestamp of a pair, with those that come after it.
+        most: how far from the first timestamp a text may begin; None: anywhere.
+    """
+
+    def __init__(self, no_timestamps: int, end: int, most: int | None) -> None:
+        super().__init__()
+        self.no_timestamps, self.end, self.most = no_timestamps, end, most
+
+    def forward(self, logits: Tensor, token: Tensor, previous: Tensor, before: Tensor, latest: Tensor) -> Tensor:
+        """Write the best token that may follow to `token`, and the state for the next step to `before` and `latest`.
+
+        Args:
+            logits: the scores, float32 `[batch, vocabulary]`.
+            token: int64 `[batch, 1]`.
+            previous: the new token before, int64 `[batch, 1]`; -1: there is none, and `before` and `latest` are
+                `self.no_timestamps + 1` and -1.
+            before: the one before that, int64 `[batch, 1]`.
+            latest: the last timestamp before `previous`, int64 `[batch, 1]`; -1: there is none.
+
+        Returns:
+            The scores, -inf for tokens that may not follow.
+        """
+        begin = self.no_timestamps + 1
+        numbers = torch.arange(logits.shape[1], device=logits.device)
+        times, first = numbers >= begin, previous < 0
+        ends, paired = previous >= begin, before >= begin
+        last = torch.where(ends, previous, latest)
+        reached = torch.where(ends & ~paired, last, last + 1)  # a pair may have one time twice, two pairs may not
+        banned = (numbers == self.no_timestamps) | (first & ~times) | (ends & paired & times)
+        banned = banned | (ends & ~paired & (numbers < self.end)) | ((last >= 0) & times & (numbers < reached))
+        if self.most is not None:
+            banned = banned | (first & (numbers > begin + self.most))
+        scores = logits.masked_fill(banned, -torch.inf)
+        together = scores.masked_fill(~times, -torch.inf).logsumexp(-1, keepdim=True)
+        likely = together > scores.masked_fill(times, -torch.inf).amax(-1, keepdim=True)
+        scores = scores.masked_fill(likely & ~times, -torch.inf)
+        before.copy_(torch.where(first, before, previous))
+        latest.copy_(last)
+        token.copy_(scores.argmax(-1, keepdim=True))
+        return scores

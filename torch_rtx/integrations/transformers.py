@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import CaptureError, IntegrationError, SettingsError
 from torch_rtx.integrations.generation import KNOWN, GenerationEngine
-from torch_rtx.integrations.sampling import Sampler
+from torch_rtx.integrations.sampling import Sampler, Timestamps
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 __all__ = ["GenerationEngine", "export_generate"]
 log = logging.getLogger(__name__)
+Types = dict[type[nn.Module], tuple[Any, ...]]  # of the arguments of programs
+Result = TypeVar("Result")
 PROBE = 3, 8  # batch and length of the call that shows which tensors a cache has
 TYPICAL = 256  # tokens of a text that kernels for any length are chosen for
 TYPICAL_START = 4  # the same for what a decoder begins with, such as a language and a task
@@ -40,10 +42,10 @@ TYPICAL_START = 4  # the same for what a decoder begins with, such as a language
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (None, 1)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "penalty_alpha"), (None, 0)),
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty"), (None,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty", "stop_strings"), (None,)),
     **dict.fromkeys(("watermarking_config", "constraints", "force_words_ids", "dola_layers"), (None,)),
     **dict.fromkeys(("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold"), (None,)),
-    **dict.fromkeys(("return_timestamps", "return_token_timestamps", "condition_on_prev_tokens"), (None, False)),
+    **dict.fromkeys(("return_token_timestamps", "condition_on_prev_tokens", "token_healing"), (None, False)),
 }
 
 
@@ -83,33 +85,50 @@ def export_generate(
     settings, runtime = chosen_settings(settings, runtime, options)
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len, source)
-    stripped, device = replace(settings, strip_weights=True), settings.device or model.device.type
-    first: CaptureError | None = None
-    for narrow in (True, False):
-        try:
-            found = _caches(model, max_cache_len, settings.device, narrow, source)
-            types = _inputs(sizes, (min_prompt_len, max_cache_len), found, source)
-            places = None if narrow else max_cache_len
-            prefill = compile(Prefill(model, found.empty, places), types["prefill"], settings=settings, runtime=runtime)
-            break
-        except CaptureError as error:
-            if first is not None:
-                error.add_note(f"before that, for prompts that do not look at the whole cache: {first}")
-                raise
-            first = error
-            log.info("prompts will look at the whole cache: %s", error)
-    decode = Decode(model, found.filled, found.width)  # has no weights that `prefill` does not have
+    device = settings.device or model.device.type
+
+    def build(program: nn.Module, types: Types, **changes: Any) -> Any:
+        return compile(program, types[type(program)], settings=replace(settings, **changes), runtime=runtime)
+
+    def prompts(narrow: bool) -> tuple[_Caches, Types, Any]:
+        found = _caches(model, max_cache_len, settings.device, narrow, source)
+        types = _inputs(sizes, (min_prompt_len, max_cache_len), found, source)
+        return found, types, build(Prefill(model, found.empty, None if narrow else max_cache_len), types)
+
+    found, types, prefill = _narrow_or_whole(prompts)
+    times = _timestamps(model)
     return GenerationEngine(
         prefill=prefill,
-        decode=compile(decode, types["decode"], settings=stripped, runtime=runtime),
-        sample=compile(Sampler(), types["sample"], settings=replace(settings, device=device), runtime=runtime),
-        encode=compile(Encode(model), types["encode"], settings=settings, runtime=runtime) if found.width else None,
+        decode=build(Decode(model, found.filled, found.width), types, strip_weights=True),  # `prefill` has all of them
+        sample=build(Sampler(), types, device=device),
+        encode=build(Encode(model), types) if found.width else None,
+        timestamps=None if times is None else build(times, types, device=device),
     )
 
 
-def _inputs(
-    sizes: tuple[int, int], prompt: tuple[int, int], found: _Caches, source: int | Tensor | None
-) -> dict[str, tuple[Any, ...]]:
+def _narrow_or_whole(attempt: Callable[[bool], Result]) -> Result:
+    """What `attempt(True)` makes, for prompts that do not look at the whole cache, or else `attempt(False)`."""
+    try:
+        return attempt(True)
+    except CaptureError as first:
+        log.info("prompts will look at the whole cache: %s", first)
+        try:
+            return attempt(False)
+        except CaptureError as error:
+            error.add_note(f"before that, for prompts that do not look at the whole cache: {first}")
+            raise
+
+
+def _timestamps(model: Any) -> Timestamps | None:
+    """The program for texts with timestamps, if the model knows those."""
+    known = model.generation_config
+    before, end = getattr(known, "no_timestamps_token_id", None), known.eos_token_id or known.bos_token_id
+    if type(before) is not int or type(end) is not int:
+        return None
+    return Timestamps(before, end, getattr(known, "max_initial_timestamp_index", None))
+
+
+def _inputs(sizes: tuple[int, int], prompt: tuple[int, int], found: _Caches, source: int | Tensor | None) -> Types:
     """The arguments of each program, for batches and prompts of these smallest and largest sizes."""
     from torch_rtx.backend.inputs import Input
 
@@ -146,10 +165,11 @@ def _inputs(
         read = (tensor(*source.shape[1:], dtype=source.dtype),)
         heard = (tensor(found.heard, found.width, dtype=found.dtype),)
     return {
-        "encode": read,
-        "prefill": (ids, ids, ids, cache(found.empty), *heard),
-        "decode": (tensor(1), tensor(1), length, tensor(places), banned, cache(found.filled), *padded),
-        "sample": (scores, tensor(1), seen, draws, length, tensor(), number, number, number),
+        Encode: read,
+        Prefill: (ids, ids, ids, cache(found.empty), *heard),
+        Decode: (tensor(1), tensor(1), length, tensor(places), banned, cache(found.filled), *padded),
+        Sampler: (scores, tensor(1), seen, draws, length, tensor(), number, number, number),
+        Timestamps: (scores, tensor(1), tensor(1), tensor(1), tensor(1)),
     }
 
 

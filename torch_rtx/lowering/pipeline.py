@@ -19,6 +19,7 @@ from torch_rtx.lowering.bodies import lowered_control
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.accumulate import accumulate
 from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
+from torch_rtx.lowering.passes.attend_in_bands import attend_in_bands
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
@@ -168,6 +169,7 @@ PIPELINE = (
     Pass(raise_linear),
     Pass(raise_quantized, needs=("targets",)),
     Pass(simplify_masks),
+    Pass(attend_in_bands, needs=("targets",)),
     Pass(read_in_place, needs=("targets",)),
     Pass(cse),  # what was raised alike in each layer, such as a mask with a bias
     Pass(fold_padding),

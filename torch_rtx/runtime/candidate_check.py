@@ -130,7 +130,7 @@ class CandidateCheck:
         may be slower than what was fused."""
         try:
             return self._in_float64()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, whatever the dtype is
             raise
         except RuntimeError as error:
             log.warning("%s is compared with its calls, which fail in float64: %s", node.op, str(error).splitlines()[0])

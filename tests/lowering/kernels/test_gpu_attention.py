@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -54,5 +56,36 @@ def test_right(name: str, form: str) -> None:
     module = torch_rtx.compile(model, inputs, settings=settings, runtime=runtime)
     assert len(launched(module.session.tactics)) == 1
     exact = [model(*(x.double() for x in inputs))]
+    for _ in range(2):
+        assert_right(module(*inputs), model(*inputs), exact)
+
+
+class Sink(nn.Module):
+    """As models write a sink out, beside a causal mask or a sliding window; query heads share keys."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.sink, self.window = nn.Parameter(torch.randn(8)), window
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = (x.repeat_interleave(4, 1) for x in (key, value))
+        keys = torch.arange(key.shape[2], device=key.device)
+        place = keys[-query.shape[2] :, None]
+        seen = (keys <= place) & (keys > place - self.window)
+        scores = (query @ key.mT * 0.125).masked_fill(~seen, -torch.inf)
+        sink = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ value
+
+
+@pytest.mark.parametrize(("queries", "window"), [(300, 1000), (300, 70), (1, 1000)])
+def test_sinks(queries: int, window: int) -> None:
+    sizes = ((8, queries), (2, 300), (2, 300))
+    inputs = tuple(torch.randn(2, heads, length, 64, device="cuda", dtype=torch.float16) for heads, length in sizes)
+    model = Sink(window).cuda().half()
+    exact = [copy.deepcopy(model).double()(*(x.double() for x in inputs))]
+    runtime = torch_rtx.RuntimeSettings(tactics="kernel", specialization_strategy="none")
+    settings = torch_rtx.CompilationSettings(targets=[str(target_of("native"))])
+    module = torch_rtx.compile(model, inputs, settings=settings, runtime=runtime)
+    assert 1 <= len(launched(module.session.tactics)) <= 2  # of one query, the keys may be split
     for _ in range(2):
         assert_right(module(*inputs), model(*inputs), exact)

@@ -180,6 +180,14 @@ def with_sink(queries: int = 18, shared: int = 2, **args: Attr) -> Case:
     return Case({"s": ((2, 4, queries, 1), FLOAT, (0, 1, 0, 0)), **operands, **mask}, calls)
 
 
+def in_band(first: int, last: int, inputs: dict[str, Any], config: AttentionConfig = SMALL, **given: Any) -> Case:
+    def calls(emit: Emit, q: Value, k: Value, v: Value, *masks: Value) -> Value:
+        more = {**dict(zip(("attn_mask",), masks, strict=False)), "scale": 0.25, "band": (first, last)}
+        return emit("torch_rtx.attention.default", query=q, key=k, value=v, **more)
+
+    return Case(inputs, calls, config, **given)
+
+
 def masked(shape: tuple[Dim, ...], dtype: str = "bool", strides: Any = None, k: int = 21, width: int = 16) -> Case:
     return Case(plain(2, 2, 18, k, width, mask=(shape, dtype, strides)), attend)
 
@@ -242,6 +250,15 @@ CASES = {
     "sink, one query, packed": with_sink(1, enable_gqa=True),
     "sink, causal": with_sink(20, 4, is_causal=True),
     "sink, grouped heads, causal": with_sink(20, enable_gqa=True, is_causal=True),
+    "band": in_band(-9, 0, plain(1, 2, 50, 50, 16)),
+    "band on both sides, long blocks": in_band(-5, 7, plain(1, 2, 39, 64, 16), AttentionConfig(16, 32, 4, 1)),
+    "band, long rows, ahead": in_band(3, 9, plain(2, 1, 40, 45, 16), AttentionConfig(32, 16, 4, 1)),
+    "band, rows without a key": in_band(-4, 0, plain(1, 2, 39, 20, 16)),
+    "band, mask of keys": in_band(-1, 0, plain(2, 2, 18, 21, 16, mask=((2, 1, 1, 21), "bool"))),
+    "band, added mask": in_band(-2, 5, plain(2, 2, 18, 21, 16, mask=((18, 21), FLOAT))),
+    "band, open sizes": in_band(-4, 4, plain(BATCH, 2, LENGTH, LENGTH, 16), sizes={"s0": 2, "s1": 37}),
+    "band, sink, packed": with_sink(3, enable_gqa=True, band=(-1, 5)),
+    "band, sink, mask": with_sink(18, 4, band=(-6, 2)),
     "one query": Case(plain(2, 3, 1, 45, 16), attend, AttentionConfig(16, 32, 4, 1)),
     "one buffer": Case({"qkv": ((2, 19, 72),)}, packed_projection),
     "one buffer, causal": Case({"qkv": ((2, 19, 72),)}, lambda *given: packed_projection(*given, causal=True)),
@@ -272,6 +289,17 @@ def test_attention(name: str) -> None:
 @pytest.mark.parametrize("name", ["causal", "added mask", "mask of keys", "one buffer", "epilogue", "sink"])
 def test_other_dtypes(name: str, dtype: str) -> None:
     CASES[name].check(dtype)
+
+
+def test_keys_outside_of_a_band_are_not_read() -> None:
+    case = CASES["band"]
+    graph = case.graph("f32")
+    q, k, v = case.tensors(graph)
+    (expected,) = compile_graph(graph, CPU)([q, k, v], [])
+    k[:, :, 32:], v[:, :, 32:], out = torch.nan, torch.nan, torch.full_like(q, torch.nan)
+    run(attention_kernel(region(graph), "attention", SMALL), [q, k, v, out])
+    torch.testing.assert_close(out[:, :, :32], expected[:, :, :32])
+    assert bool(out[:, :, 32:].isnan().all())
 
 
 @pytest.mark.quick

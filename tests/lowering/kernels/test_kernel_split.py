@@ -117,7 +117,7 @@ def check_attention(case: attention.Case, parts: int, dtype: str = "f16", hidden
     return check_split_graph(graph, case.graph("f64"), parts, tensors, case.sizes)
 
 
-NOT_IN_PARTS = ("causal", "two dimensions", "repeated batch", "epilogue", "no keys")
+NOT_IN_PARTS = ("causal", "band", "two dimensions", "repeated batch", "epilogue", "no keys")
 IN_PARTS = [name for name in attention.CASES if not any(word in name for word in NOT_IN_PARTS)]
 
 

@@ -60,6 +60,7 @@ class Attention:
             weights. Of `attention_backward`: the gradients of query, key, value and mask.
         modified: what functions make of the scores, in `flex_attention` and its gradients.
         sink: one more score of each query, [*lead, queries, 1], which has no value.
+        band: query i sees no key but those from i + band[0] to i + band[1]; None: any.
     """
 
     op: str
@@ -80,6 +81,7 @@ class Attention:
     results: tuple[Tensor | None, ...]
     modified: Modified | None = None
     sink: Tensor | None = None
+    band: tuple[int, int] | None = None
 
     @property
     def partial(self) -> bool:
@@ -158,7 +160,7 @@ def attention_of(region: Region) -> Attention:
         expand(_operand(region, node, name), shape) if node.arg(name) is not None else None
         for name, shape in (("attn_mask", scores), ("bias", scores), ("sink", (*scores[:-1], ONE)))
     )
-    fill = node.arg("fill")
+    fill, band = node.arg("fill"), node.arg("band")
     for added in (one for one in (mask, bias, sink) if one is not None):
         if added.dtype not in (*DTYPES, *(["bool"] if added is mask else [])):
             raise Unsupported(f"a mask of dtype {added.dtype}", loc=node.loc)
@@ -176,7 +178,7 @@ def attention_of(region: Region) -> Attention:
         bool(node.arg("is_causal")),
         float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(_static(query.shape[-1])),
         float(fill) if isinstance(fill, int | float) and math.isfinite(fill) else None,
-        node.op != ATTENTION,
+        node.op != ATTENTION or (bool(band) and fill is None and bias is None and sink is None),
         tuple(lead),
         queries,
         packed,
@@ -184,6 +186,7 @@ def attention_of(region: Region) -> Attention:
         tuple(None if value is None else region.values[value.name] for value in node.outputs),
         modified,
         sink,
+        (int(band[0]), int(band[1])) if isinstance(band, tuple) and len(band) == 2 else None,  # type: ignore[arg-type]
     )
     return attn if node.op in (ATTENTION_FORWARD, *GRADIENTS) else _packed(attn)
 

@@ -109,6 +109,12 @@ class ForwardWriter(Tiles):
     def walk(self) -> None:
         """Loop over blocks of keys: first those that are full and visible to every row, then the others."""
         block, keys, lines = self.config.keys, self.attn.keys, self.emitter.outer.lines
+        if self.attn.band is not None and self.attn.packed == 1:
+            begin, end = self.attn.band
+            lines.append(f"begin = tl.maximum(first + {begin}, 0) // {block} * {block}")
+            lines.append(f"end = tl.minimum(first + {self.config.rows + end}, {keys})")
+            self._loop("begin", "end", masked=True)
+            return
         if not self.attn.causal:
             full = keys // constant(block) * constant(block)
             if full != ZERO:
@@ -125,8 +131,8 @@ class ForwardWriter(Tiles):
         lines.append(f"end = tl.minimum({last}, {keys})")
         self._loop("0" if packed else "whole", "end", diagonal=True)
 
-    def _loop(self, begin: str, end: str, diagonal: bool = False) -> None:
-        body = self.block(masked=diagonal, diagonal=diagonal)
+    def _loop(self, begin: str, end: str, diagonal: bool = False, masked: bool = False) -> None:
+        body = self.block(masked=masked or diagonal, diagonal=diagonal)
         self.emitter.outer.lines += [f"for start in range({begin}, {end}, {self.config.keys}):", *indent(body)]
 
     def block(self, masked: bool, diagonal: bool = False) -> list[str]:

@@ -143,6 +143,8 @@ class Tiles:
         seen += ["in_m"] if rows and not self.is_full("M") else []
         if diagonal:
             seen.append(f"({self.row} >= N)")
+        if attn.band is not None:
+            seen += [f"(N - ({self.row}) {op} {end})" for op, end in zip((">=", "<="), attn.band, strict=True)]
         if attn.modified is not None and attn.modified.score is not None:
             scaled = self.emitter.assign(f"s * {attn.scale!r}", frozenset(("M", "N")))
             self.emitter.anchored[attn.modified.leaf, self.mask_at] = scaled

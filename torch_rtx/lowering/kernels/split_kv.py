@@ -31,9 +31,10 @@ PROGRAMS_PER_PROCESSOR = 4
 
 def best_kv_splits(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float, float]:
     """In how many ranges the keys of an attention are best cut; and the times, in us, of the kernels for that and of
-    one kernel for all keys. (1, infinity, 0) where the keys are not cut: with many queries, or causal."""
+    one kernel for all keys. (1, infinity, 0) where the keys are not cut: with many queries, causal, or in a band."""
     on = arch.chip
-    if found.causal or not isinstance(found.queries, int) or found.queries > MAX_QUERIES:
+    by_place = found.causal or found.band is not None
+    if by_place or not isinstance(found.queries, int) or found.queries > MAX_QUERIES:
         return 1, math.inf, 0.0
     width = (found.width + found.value_width) * DTYPES[found.dtype].bytes
     groups, count = math.prod(map(typical, found.groups)), typical(keys)
@@ -63,8 +64,10 @@ def split_attention(body: BodyBuilder, anchor: Node, splits: int) -> Values:
     Query heads that share keys and values have a dimension of their own behind the heads of these."""
     query, key, value = (argument(anchor, name) for name in ("query", "key", "value"))
     rank, keys = len(type_of(query).shape), type_of(key).shape[-2]
-    if anchor.arg("is_causal") or rank < 3 or any(len(type_of(one).shape) != rank for one in (key, value)):
-        raise Unsupported("split attention that is causal, without heads, or with operands of different rank")
+    if anchor.arg("is_causal") or anchor.arg("band"):
+        raise Unsupported("split attention that is causal, or in a band")
+    if rank < 3 or any(len(type_of(one).shape) != rank for one in (key, value)):
+        raise Unsupported("split attention without heads, or with operands of different rank")
     if anchor.arg("fill") is not None or anchor.arg("bias") is not None:
         raise Unsupported("split attention to all keys, those that are hidden too, or with a bias beside the mask")
     size = dim_expr("//", dim_expr("+", keys, splits - 1), splits)

@@ -54,7 +54,7 @@ def _expanded(node: Node, rewriter: Rewriter) -> Value | None:
         return rewriter.emit(f"aten.{op}", node.loc, **args)
 
     query, key, value = (rewriter.current(argument(node, name)) for name in ("query", "key", "value"))
-    asked = any(node.arg(name) for name in ("enable_gqa", "is_causal", "dropout_p"))
+    asked = any(node.arg(name) for name in ("enable_gqa", "is_causal", "dropout_p", "band"))
     assert isinstance(query, Value)
     assert isinstance(key, Value)
     *lead, queries, width = type_of(query).shape

@@ -46,8 +46,12 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
 def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     found, anchor = attention_of(region), region.anchor
     assert anchor is not None
-    work = flops(anchor, typical) / (2 if found.causal else 1)
-    _, _, unsplit_us = best_kv_splits(found, type_of(argument(anchor, "key")).shape[-2], arch)
+    keys = type_of(argument(anchor, "key")).shape[-2]
+    share = 0.5 if found.causal else 1.0
+    if found.band is not None:  # the blocks of keys that a block of rows sees
+        share = min((found.band[1] - found.band[0] + config.rows + config.keys) / typical(keys), 1.0)
+    work = share * flops(anchor, typical)
+    _, _, unsplit_us = best_kv_splits(found, keys, arch)
     compute_us = arch.chip.launch + work / (arch.chip.rate(operands_of(found, config)) * ATTENTION_REACHED * 1e6)
     return max(compute_us, streaming_us(region.memory_types, arch), unsplit_us)
 
