@@ -204,7 +204,7 @@ def leave() -> None:
 
 
 def small_sums(count: int) -> tuple[int, int]:
-    """Check sums in one kernel, of sizes below and above the limit, in turn with other collectives; returns the limit,
+    """Check sums by kernels, of sizes below and above the limit, in turn with other collectives; returns the limit,
     and how many calls replayed a CUDA graph."""
 
     def function(x: Tensor) -> Tensor:
