@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 
@@ -58,12 +57,6 @@ def waited(node: Node) -> Value | None:
     """The value in whose memory the result of a wait lies; None for other calls."""
     tensor = node.arg("tensor") if node.op == WAIT else None
     return tensor if isinstance(tensor, Value) else None
-
-
-def alone(graph: Graph) -> frozenset[str]:
-    """The names of sums over ranks that are waited for where they start: nothing runs beside them."""
-    pairs = ((node, waited(after)) for node, after in pairwise(graph.nodes) if node.op == REDUCE_IN_PLACE)
-    return frozenset(tensor.name for node, tensor in pairs if tensor is not None and tensor in node.results)
 
 
 def check(graph: Graph) -> None:

@@ -1,12 +1,11 @@
-"""Sums over ranks as kernels: each rank reads what the others have from memory that all of them see.
+"""Small sums over ranks as kernels: each rank reads what the others have from memory that all of them see.
 
 NCCL needs several microseconds more for the small sums of a decode step, whatever their size. PyTorch's one-shot kernel
 copies the operand to the shared memory of the group, waits for the other ranks, adds up what all have in the order of
-the ranks, and waits again, so that the next call may use the same memory. Of large operands, each rank adds up a part,
-and reads the other parts from the ranks that have added them up: two shots, which move less.
-
-Calls of a group follow each other on one stream, as those of NCCL have to. In a CUDA graph they are kernels like any
-other, on the stream of the call. NCCL has a stream of its own, so that it takes large sums beside which something runs.
+the ranks, and waits again, so that the next call may use the same memory. Of larger operands, each rank adds up a part,
+and reads the other parts from the ranks that have added them up: two shots, which move less. Calls of a group follow
+each other on one stream, as those of NCCL have to. In a CUDA graph they are kernels like any other, on the stream of
+the call. Sums that take long stay with NCCL, which has a stream of its own, so that other kernels run beside them.
 
 `ROOMS` has the groups that use it, and up to which sizes; `runtime.one_shot_choice` measures that. All ranks of a group
 have the same entry, since a rank that called NCCL would wait for the others forever.
@@ -28,7 +27,7 @@ class Room:
 
     Attributes:
         one_shot: bytes of the largest operand that each rank adds up as a whole.
-        limit: of the largest that is added up here, in two shots above `one_shot`, and if nothing runs beside it.
+        limit: of the largest that is added up in it, in two shots above `one_shot`.
         buffers: by dtype, the memory as a tensor of one dimension.
     """
 
@@ -36,14 +35,9 @@ class Room:
     limit: int
     buffers: Mapping[torch.dtype, torch.Tensor]
 
-    def takes(self, tensor: torch.Tensor, alone: bool) -> bool:
-        """Whether `tensor` is added up here. Depends on nothing in which ranks differ, such as addresses.
-
-        Args:
-            alone: nothing runs beside it.
-        """
-        limit = self.limit if alone else min(self.one_shot, self.limit)
-        if tensor.dtype not in self.buffers or not 0 < tensor.nbytes <= limit or tensor.nbytes % ALIGNMENT:
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is added up here. Depends on nothing in which ranks differ, such as addresses."""
+        if tensor.dtype not in self.buffers or not 0 < tensor.nbytes <= self.limit or tensor.nbytes % ALIGNMENT:
             return False
         return tensor.is_contiguous() and tensor.device == self.buffers[tensor.dtype].device
 
@@ -63,9 +57,9 @@ class Room:
 ROOMS: dict[str, Room] = {}  # by the name of a process group
 
 
-def _all_reduce(input: torch.Tensor, reduce_op: str, group_name: str, alone: bool = False) -> torch.Tensor:
+def _all_reduce(input: torch.Tensor, reduce_op: str, group_name: str) -> torch.Tensor:
     room = ROOMS.get(group_name)
-    if room is not None and reduce_op == "sum" and room.takes(input, alone):
+    if room is not None and reduce_op == "sum" and room.takes(input):
         room.add_up(input, group_name)
         return input
     started: torch.Tensor = torch.ops._c10d_functional.all_reduce_.default(input, reduce_op, group_name)
@@ -73,6 +67,6 @@ def _all_reduce(input: torch.Tensor, reduce_op: str, group_name: str, alone: boo
 
 
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
-_LIBRARY.define("all_reduce_(Tensor(a!) input, str reduce_op, str group_name, bool alone=False) -> Tensor(a!)")
+_LIBRARY.define("all_reduce_(Tensor(a!) input, str reduce_op, str group_name) -> Tensor(a!)")
 _LIBRARY.impl("all_reduce_", _all_reduce, "CompositeExplicitAutograd")
-_LIBRARY.impl("all_reduce_", lambda input, reduce_op, group_name, alone=False: input, "Meta")
+_LIBRARY.impl("all_reduce_", lambda input, reduce_op, group_name: input, "Meta")

@@ -19,7 +19,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
-from torch_rtx.collectives import alone, is_collective, waited
+from torch_rtx.collectives import is_collective, waited
 from torch_rtx.control import all_syms, branches, check, is_control
 from torch_rtx.errors import InvalidIR
 from torch_rtx.functional import FUNCTIONAL, copied, plain
@@ -167,13 +167,12 @@ class _Writer:
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)  # results of collectives, which nothing may copy before the wait
-    alone: frozenset[str] = frozenset()  # of these, the sums beside which nothing runs
     kernels: dict[str, Launcher] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
 
     def write(self) -> str:
         # Names of the code itself begin with `_`, those of values never do.
-        self.kernels, self.alone = launched(self.tactics), alone(self.graph)
+        self.kernels = launched(self.tactics)
         self.names |= {"_restride": restride, "_copy_together": copy_together, "inf": math.inf, "nan": math.nan}
         graph = self.graph
         self.inputs = {value.name for value in graph.inputs}
@@ -323,8 +322,6 @@ class _Writer:
             return
         if is_collective(node):
             self.pending.update(value.name for value in node.results)
-            if not self.alone.isdisjoint(value.name for value in node.results):
-                node = replace(node, args=(*node.args, ("alone", True)))
         tensor = waited(node)
         if tensor is not None:  # without what it holds: PyTorch's own call takes less time
             wait = torch.ops._c10d_functional.wait_tensor.default._op

@@ -19,8 +19,7 @@ from torch_rtx.one_shot import ROOMS, Room
 from torch_rtx.runtime.ranks import agreed, exchanged
 
 log = logging.getLogger(__name__)
-# Of operands, in bytes. Each rank adds up whole ones up to a limit: it would read too much of larger ones.
-SIZES, MOST_ONE_SHOT = tuple(kib << 10 for kib in (8, 32, 128, 512, 2048, 8192, 16384, 32768)), 2 << 20
+SIZES = tuple(kib << 10 for kib in (8, 32, 128, 512, 2048))  # of operands, in bytes
 KERNELS = "one_shot_all_reduce_copy_out", "two_shot_all_reduce_out"
 DTYPES = (torch.bfloat16, torch.float32)  # that PyTorch's kernel adds up
 RANKS = (2, 4, 8)  # for which it is compiled
@@ -94,18 +93,16 @@ def _faster_until(buffers: dict[torch.dtype, torch.Tensor], name: str, group: An
     one_shot = limit = 0
     for size in SIZES:
         tensor = torch.zeros(size // 2, dtype=torch.bfloat16, device=buffers[torch.bfloat16].device)
-        whole = one_shot == limit and size <= MOST_ONE_SHOT
-        rooms = [Room(size * shots, size, buffers) for shots in ((1, 0) if whole else (0,))]
-        ways = [*(partial(room.add_up, tensor, name) for room in rooms)]
-        nccl = partial(torch.distributed.all_reduce, tensor, group=group)
-        mine = " ".join(str(_us(way, tensor.device)) for way in (*ways, nccl))
+        ways = [partial(Room(most, size, buffers).add_up, tensor, name) for most in (size, 0)]
+        ways.append(partial(torch.distributed.all_reduce, tensor, group=group))
+        mine = " ".join(str(_us(way, tensor.device)) for way in ways)
         said = exchanged(f"{key} {size}", mine, group.rank(), group.size())
         times = [[float(number) for number in one.split()] for one in said if one is not None]
-        *ours, theirs = (max(column) for column in zip(*times, strict=True))
-        log.debug("a sum of %d KiB: kernels %s us, NCCL %.1f us", size >> 10, [f"{one:.1f}" for one in ours], theirs)
-        if min(ours) >= theirs:
+        one, two, nccl = (max(column) for column in zip(*times, strict=True))
+        log.debug("a sum of %d KiB: %.1f us in one shot, %.1f in two, NCCL %.1f", size >> 10, one, two, nccl)
+        if min(one, two) >= nccl:
             break
-        if whole and ours[0] == min(ours):
+        if one <= two and one_shot == limit:
             one_shot = size
         limit = size
     return one_shot, limit
