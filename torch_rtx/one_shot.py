@@ -1,11 +1,13 @@
-"""Sums over ranks as one kernel: each rank reads what the others have from memory that all of them see.
+"""Small sums over ranks as kernels: each rank reads what the others have from memory that all of them see.
 
-NCCL needs several microseconds more for the small sums of a decode step, whatever their size. PyTorch's kernel copies
-the operand to the shared memory of the group, waits for the other ranks, adds up what all have in the order of the
-ranks, and waits again, so that the next call may use the same memory. Calls of a group follow each other on one stream,
-as those of NCCL have to. In a CUDA graph it is a kernel like any other, on the stream of the call.
+NCCL needs several microseconds more for the small sums of a decode step, whatever their size. PyTorch's one-shot kernel
+copies the operand to the shared memory of the group, waits for the other ranks, adds up what all have in the order of
+the ranks, and waits again, so that the next call may use the same memory. Of larger operands, each rank adds up a part,
+and reads the other parts from the ranks that have added them up: two shots, which move less. Calls of a group follow
+each other on one stream, as those of NCCL have to. In a CUDA graph they are kernels like any other, on the stream of
+the call. Sums that take long stay with NCCL, which has a stream of its own, so that other kernels run beside them.
 
-`ROOMS` has the groups that use it, and up to which size; `runtime.one_shot_choice` measures that. All ranks of a group
+`ROOMS` has the groups that use it, and up to which sizes; `runtime.one_shot_choice` measures that. All ranks of a group
 have the same entry, since a rank that called NCCL would wait for the others forever.
 """
 
@@ -24,10 +26,12 @@ class Room:
     """The shared memory of a process group.
 
     Attributes:
-        limit: bytes of the largest operand that is added up in it.
+        one_shot: bytes of the largest operand that each rank adds up as a whole.
+        limit: of the largest that is added up in it, in two shots above `one_shot`.
         buffers: by dtype, the memory as a tensor of one dimension.
     """
 
+    one_shot: int
     limit: int
     buffers: Mapping[torch.dtype, torch.Tensor]
 
@@ -41,7 +45,11 @@ class Room:
         """Make `tensor` the sum of what all ranks of the group have in its place."""
         own = tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
         shared = self.buffers[tensor.dtype][: tensor.numel()].view(tensor.shape)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, own, "sum", group_name, own)
+        if tensor.nbytes <= self.one_shot:
+            torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, own, "sum", group_name, own)
+        else:
+            shared.copy_(own)
+            torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", group_name, own)
         if own is not tensor:
             tensor.copy_(own)
 

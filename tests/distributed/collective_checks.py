@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch_rtx.collectives import is_ordered
 from torch_rtx.errors import RanksError
 from torch_rtx.one_shot import ROOMS
 from torch_rtx.runtime.session import watched_calls
+from torch_rtx.runtime.shared_tuning import SharedTuning
 
 
 def _in_place(x: Tensor) -> Tensor:
@@ -99,6 +101,34 @@ def replayed(count: int) -> tuple[str | None, int]:
     return session.no_graphs, 0 if session.pool is None else session.pool.replays
 
 
+def measured() -> tuple[dict[str, str], int]:
+    """Check a function that ranks measure together; returns the tactics of its regions, and how many of these this rank
+    has measured."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        for _ in range(3):
+            x = (x @ w).relu().softmax(-1) + x.sum(0)
+            w = torch.cat([w, w.sin()], 1)[:, : 2 * x.shape[1]].repeat(2, 1)
+            x = x.repeat(1, 2)
+        return x
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True, options={"runtime_cache": "off"})
+    given, taken = (torch.randn(32, 64, device=device()), torch.randn(64, 64, device=device())), SharedTuning.take
+    counts = []
+
+    def take(shared: SharedTuning) -> list[str]:
+        counts.append(len(found := taken(shared)))
+        return found
+
+    with torch.no_grad(), watched_calls() as calls, patch.object(SharedTuning, "take", take):
+        dist.barrier()
+        compiled(*given)
+        assert torch_rtx.wait(120)
+        torch.testing.assert_close(compiled(*given), function(*given), rtol=1e-2, atol=1e-2)
+    base = calls[-1][0].specializer.base
+    return {one.key: one.choice.name for one in base.regions if one.choice is not None}, sum(counts)
+
+
 def random_shapes(count: int) -> None:
     """Calls of random sizes, compiled in the background at other times on each rank, in step."""
 
@@ -174,7 +204,7 @@ def leave() -> None:
 
 
 def small_sums(count: int) -> tuple[int, int]:
-    """Check sums in one kernel, of sizes below and above the limit, in turn with other collectives; returns the limit,
+    """Check sums by kernels, of sizes below and above the limit, in turn with other collectives; returns the limit,
     and how many calls replayed a CUDA graph."""
 
     def function(x: Tensor) -> Tensor:

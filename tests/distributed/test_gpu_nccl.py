@@ -48,6 +48,13 @@ def test_small_sums(gpus: Ranks) -> None:
     assert replays >= 4
 
 
+def test_measuring_is_shared(gpus: Ranks) -> None:
+    (choices, first), (other, second) = gpus.run(collective_checks.measured, seconds=180)
+    assert choices == other
+    assert min(first, second) > 0
+    assert first + second >= len(choices) > 2
+
+
 def test_a_rank_that_is_killed() -> None:
     """The other one's GPU waits in a CUDA graph. It ends soon after the timeout, and does not hang."""
     with closing(Ranks("nccl", seconds=20)) as ranks:

@@ -1,4 +1,4 @@
-"""Small sums over ranks as one kernel: which are, what code does with them, and that all ranks choose alike."""
+"""Small sums over ranks by kernels: which are, what code does with them, and that all ranks choose alike."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ GRAPH = """graph import {
 """
 
 
-def room(limit: int = 1024) -> Room:
+def room(limit: int = 1024, one_shot: int = 1024) -> Room:
     memory = torch.zeros(1024, dtype=torch.bfloat16)
-    return Room(limit, {dtype: memory.view(dtype) for dtype in one_shot_choice.DTYPES})
+    return Room(one_shot, limit, {dtype: memory.view(dtype) for dtype in one_shot_choice.DTYPES})
 
 
 @pytest.fixture
 def kernel() -> Iterator[list[int]]:
-    """PyTorch's kernel, as if another rank had the same operand; collects the sizes of its calls."""
+    """PyTorch's kernels, as if another rank had the same operand; collects the sizes, negative ones of two shots."""
     calls: list[int] = []
 
     def add_up(shared: torch.Tensor, own: torch.Tensor, op: str, group: str, out: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,13 @@ def kernel() -> Iterator[list[int]]:
         calls.append(own.numel())
         return out.copy_(shared.copy_(own) * 2)
 
+    def in_two(shared: torch.Tensor, op: str, group: str, out: torch.Tensor) -> torch.Tensor:
+        assert (op, shared.shape, out.data_ptr() % 16) == ("sum", out.shape, 0)
+        calls.append(-shared.numel())
+        return out.copy_(shared * 2)
+
     with torch.library._scoped_library("symm_mem", "IMPL") as library:
+        library.impl("two_shot_all_reduce_out", in_two, "CPU")
         library.impl("one_shot_all_reduce_copy_out", add_up, "CPU")
         yield calls
 
@@ -54,14 +60,19 @@ def test_code_adds_up_in_the_room_of_a_group(kernel: list[int], monkeypatch: pyt
     (found,) = compile_graph(parse(GRAPH), CPU)([x], ())
     torch.testing.assert_close(found, 2 * x.exp() + x)
     assert kernel == [16]
+    monkeypatch.setitem(ROOMS, "group of a test", room(one_shot=32))
+    (found,) = compile_graph(parse(GRAPH), CPU)([x], ())
+    torch.testing.assert_close(found, 2 * x.exp() + x)
+    assert kernel == [16, -16]
     monkeypatch.setitem(ROOMS, "group of a test", room(limit=32))
     with pytest.raises(RuntimeError, match="group of a test"):  # there is no such group to ask
         compile_graph(parse(GRAPH), CPU)([x], ())
 
 
-def test_an_operand_at_any_address(kernel: list[int]) -> None:
+@pytest.mark.parametrize("one_shot", [1024, 0])
+def test_an_operand_at_any_address(kernel: list[int], one_shot: int) -> None:
     memory = torch.ones(9)
-    room().add_up(memory[1:], "any")
+    room(one_shot=one_shot).add_up(memory[1:], "any")
     assert memory.tolist() == [1.0] + [2.0] * 8
 
 
@@ -88,10 +99,16 @@ class Group:
 
 
 @pytest.mark.parametrize(
-    ("case", "expected"),
-    [("one is slower from 32 KiB on", 8 << 10), ("always faster", 2 << 20), ("never faster", 0), ("one is blind", 0)],
+    ("case", "one_shot", "expected"),
+    [
+        ("one is slower from 32 KiB on", 8 << 10, 8 << 10),
+        ("two shots are faster from 512 KiB on", 128 << 10, 2 << 20),
+        ("always faster", 2 << 20, 2 << 20),
+        ("never faster", 0, 0),
+        ("one is blind", 0, 0),
+    ],
 )
-def test_ranks_choose_alike(case: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_choose_alike(case: str, one_shot: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one rank finds counts for both."""
     store = torch.distributed.HashStore()
     here = threading.local()
@@ -100,6 +117,10 @@ def test_ranks_choose_alike(case: str, expected: int, monkeypatch: pytest.Monkey
         if call.func is torch.distributed.all_reduce:
             return 10.0
         size = call.args[0].nbytes
+        if not call.func.__self__.one_shot:
+            return 7.0 if case == "always faster" or case.startswith("two shots") else 11.0
+        if case.startswith("two shots"):
+            return 8.0 if size >= 512 << 10 else 6.0
         slow = case == "never faster" or (case.startswith("one is slower") and here.rank == 1 and size >= 32 << 10)
         return 12.0 if slow else 6.0
 
@@ -120,7 +141,8 @@ def test_ranks_choose_alike(case: str, expected: int, monkeypatch: pytest.Monkey
     for thread in threads:
         thread.join()
     chosen = ROOMS.pop("both", None)
-    assert (found, chosen.limit if chosen else 0) == ({0: expected, 1: expected}, expected)
+    assert found == {0: expected, 1: expected}
+    assert (chosen.one_shot, chosen.limit) == (one_shot, expected) if chosen else not expected
 
 
 def test_no_room_without_gpus() -> None:

@@ -1,7 +1,7 @@
-"""Which process groups add up small tensors in one kernel, see `one_shot`: measured once, and the same on all ranks.
+"""Up to which sizes process groups add up tensors by kernels, see `one_shot`: measured once, the same on all ranks.
 
 All ranks of a group come here before its first graph with collectives runs. They need GPUs of one host that see each
-other's memory. Each rank times both ways inside of CUDA graphs; the slowest rank counts. What a rank finds, the others
+other's memory. Each rank times all ways inside of CUDA graphs; the slowest rank counts. What a rank finds, the others
 learn through the store of torch.distributed, and one word of the first rank decides in the end.
 """
 
@@ -20,6 +20,7 @@ from torch_rtx.runtime.ranks import agreed, exchanged
 
 log = logging.getLogger(__name__)
 SIZES = tuple(kib << 10 for kib in (8, 32, 128, 512, 2048))  # of operands, in bytes
+KERNELS = "one_shot_all_reduce_copy_out", "two_shot_all_reduce_out"
 DTYPES = (torch.bfloat16, torch.float32)  # that PyTorch's kernel adds up
 RANKS = (2, 4, 8)  # for which it is compiled
 CALLS, REPLAYS = 10, 5
@@ -27,7 +28,7 @@ CALLS, REPLAYS = 10, 5
 
 def choose(name: str, group: Any, device: torch.device, key: str) -> int:
     """Decide for the group `name`; all of its ranks have to call this. Returns the bytes of the largest tensor that is
-    added up in one kernel; 0: none is.
+    added up by kernels; 0: none is.
 
     Args:
         group: the process group.
@@ -40,7 +41,7 @@ def choose(name: str, group: Any, device: torch.device, key: str) -> int:
     def all_say(question: str, answer: bool) -> bool:
         return exchanged(f"{key} {question}", str(answer), rank, size) == ["True"] * size
 
-    if device.type != "cuda" or size not in RANKS or not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out"):
+    if device.type != "cuda" or size not in RANKS or not all(hasattr(torch.ops.symm_mem, name) for name in KERNELS):
         return 0  # the same on all ranks
     properties = torch.cuda.get_device_properties(device)
     places = exchanged(f"{key} place", f"{socket.gethostname()} {properties.uuid}", rank, size)
@@ -49,15 +50,15 @@ def choose(name: str, group: Any, device: torch.device, key: str) -> int:
     buffers = _shared(group, device)
     if not all_say("share memory", buffers is not None) or buffers is None:
         return 0
-    limit = 0
+    limits = 0, 0
     try:
-        limit = _faster_until(Room(SIZES[-1], buffers), name, group, f"{key} times")
+        limits = _faster_until(buffers, name, group, f"{key} times")
     except RuntimeError as error:
         log.warning("sums over the group %s can't be measured: %s", name, error)
-    limit = int(agreed(f"{key} limit", str(limit)))
-    log.info("the group %s adds up to %d KiB in one kernel", name, limit >> 10)
+    one_shot, limit = map(int, agreed(f"{key} limits", "{} {}".format(*limits)).split())
+    log.info("the group %s adds up to %d KiB by kernels, to %d KiB in one shot", name, limit >> 10, one_shot >> 10)
     if limit:
-        ROOMS[name] = Room(limit, buffers)
+        ROOMS[name] = Room(one_shot, limit, buffers)
     return limit
 
 
@@ -86,22 +87,25 @@ def _shared(group: Any, device: torch.device) -> dict[torch.dtype, torch.Tensor]
     return {dtype: memory.view(dtype) for dtype in DTYPES}
 
 
-def _faster_until(room: Room, name: str, group: Any, key: str) -> int:
-    """The largest size up to which one kernel is faster than NCCL on the slowest rank; 0: it never is."""
-    found = 0
+def _faster_until(buffers: dict[torch.dtype, torch.Tensor], name: str, group: Any, key: str) -> tuple[int, int]:
+    """The largest sizes up to which one shot is the fastest way on the slowest rank, and up to which a kernel is faster
+    than NCCL; 0: it never is."""
+    one_shot = limit = 0
     for size in SIZES:
-        tensor = torch.zeros(size // 2, dtype=torch.bfloat16, device=room.buffers[torch.bfloat16].device)
-        one_kernel = partial(room.add_up, tensor, name)
-        nccl = partial(torch.distributed.all_reduce, tensor, group=group)
-        mine = " ".join(str(_us(way, tensor.device)) for way in (one_kernel, nccl))
+        tensor = torch.zeros(size // 2, dtype=torch.bfloat16, device=buffers[torch.bfloat16].device)
+        ways = [partial(Room(most, size, buffers).add_up, tensor, name) for most in (size, 0)]
+        ways.append(partial(torch.distributed.all_reduce, tensor, group=group))
+        mine = " ".join(str(_us(way, tensor.device)) for way in ways)
         said = exchanged(f"{key} {size}", mine, group.rank(), group.size())
         times = [[float(number) for number in one.split()] for one in said if one is not None]
-        ours, theirs = (max(column) for column in zip(*times, strict=True))
-        log.debug("a sum of %d KiB: one kernel %.1f us, NCCL %.1f us", size >> 10, ours, theirs)
-        if ours >= theirs:
+        one, two, nccl = (max(column) for column in zip(*times, strict=True))
+        log.debug("a sum of %d KiB: %.1f us in one shot, %.1f in two, NCCL %.1f", size >> 10, one, two, nccl)
+        if min(one, two) >= nccl:
             break
-        found = size
-    return found
+        if one <= two and one_shot == limit:
+            one_shot = size
+        limit = size
+    return one_shot, limit
 
 
 def _us(call: Callable[[], object], device: torch.device) -> float:

@@ -177,6 +177,7 @@ class Tuner:
         """Use what other ranks have measured; follows `measure`. Waits for no longer than measuring may take."""
         database, shared = self.context.database, self.variant.shared
         assert shared is not None
+        self.variant.work.begin(0, 0)
         names = {*shared.heard(self.of.settings.tuning_seconds, self.context.background.step)}
         regions = [region for region in self.variant.regions if database.named(region.key) in names]
         if not regions:
