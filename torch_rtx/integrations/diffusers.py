@@ -161,7 +161,8 @@ class _Forward(_Replaced):
         super().__init__(model, "_old_forward" if "_old_forward" in vars(model) else "forward")
         self._run: Run = self._original
         self._adapters, self._lock = MergedAdapters(model), threading.RLock()
-        self._listings = [_Listing(model, name, self._lock) for name in ("named_modules", "named_children")]
+        names = "named_modules", "named_children"
+        self._listings = [_Listing(model, name, self._lock, self._adapters) for name in names]
         self._attached: list[nn.Parameter] | None = None  # the merged weights that an engine uses
 
     def use(self, make: Callable[[Run], Run]) -> None:
@@ -201,14 +202,16 @@ class _Forward(_Replaced):
 
 class _Listing(_Replaced):
     """A method that lists layers, between calls: during one, another thread would miss the adapters, and so would what
-    it does to them."""
+    it does to them. Who changes adapters unseen has listed the layers before, as hotswapping does; so do pipelines, but
+    not for each step."""
 
-    def __init__(self, model: nn.Module, name: str, lock: threading.RLock) -> None:
+    def __init__(self, model: nn.Module, name: str, lock: threading.RLock, adapters: MergedAdapters) -> None:
         super().__init__(model, name)
-        self._lock = lock
+        self._lock, self._adapters = lock, adapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         with self._lock:
+            self._adapters.suspected = True
             return iter([*self._original(*args, **kwargs)])
 
 
