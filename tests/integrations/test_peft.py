@@ -178,6 +178,20 @@ def test_hotswap(padded: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(call(adapters, model), plain)  # nothing was written to the model's own weights
 
 
+def test_nothing_is_compared_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_rtx.integrations.peft.Watch", partial(Watch, beside=True))
+    model = Net().eval()
+    add(model, "one")
+    adapters = MergedAdapters(model)
+    before = call(adapters, model)
+    CHANGES["adapter through data"](tuners(model)[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_rtx.integrations.peft.captures", lambda device: True)
+        adapters.suspected = True
+        assert torch.equal(call(adapters, model), before)
+    assert not torch.equal(call(adapters, model), before)
+
+
 def base(tuner: Any) -> torch.Tensor:
     return tuner.base_layer.weight
 
