@@ -87,8 +87,8 @@ def build(workload: Workload, peer: str, device: str, folder: Path, warm: bool) 
     pixels, swaps = PIXELS[workload.size], workload.model == "sdxl_lora"
     asked = {"height": pixels, "width": pixels, "output_type": "latent" if swaps else "pt"}
 
-    def draw(steps: int) -> Tensor:
-        inputs = {name: tensor.to(pipe.dtype) for name, tensor in given.items()}
+    def draw(steps: int, dtype: torch.dtype = dtype) -> Tensor:
+        inputs = {name: tensor.to(dtype) for name, tensor in given.items()}  # `pipe.dtype` would walk all layers
         images: Tensor = pipe(**inputs, **asked, num_inference_steps=steps).images
         return images
 
@@ -133,7 +133,7 @@ def _compile(pipe: Any, peer: str, denoiser_alone: bool) -> Callable[[], object]
     return undo
 
 
-def _check(pipe: Any, brief: Callable[[], Tensor], undo: Callable[[], object]) -> None:
+def _check(pipe: Any, brief: Callable[..., Tensor], undo: Callable[[], object]) -> None:
     """The image against those in eager mode and in float32.
 
     Raises:
@@ -143,7 +143,7 @@ def _check(pipe: Any, brief: Callable[[], Tensor], undo: Callable[[], object]) -
     undo()
     eager = brief()
     pipe.to(dtype=torch.float32)
-    assert_right([found], [eager], [brief()])
+    assert_right([found], [eager], [brief(dtype=torch.float32)])
 
 
 # ---- LoRAs -----------------------------------------------------------------------------------------------------------
@@ -226,12 +226,12 @@ class _Swaps:
 def _lora(pipe: Any, folder: Path, seed: int) -> str:
     """A folder with a LoRA of random weights, which an earlier process may have left."""
     if not folder.exists():
-        noise, state = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+        noise, state, dtype = torch.Generator().manual_seed(seed), dict[str, Tensor](), pipe.dtype
         for name, layer in pipe.unet.named_modules():
             if name.endswith(LAYERS):
                 for part, shape in (("A", (RANK, layer.in_features)), ("B", (layer.out_features, RANK))):
                     values = 0.05 * torch.randn(shape, generator=noise)
-                    state[f"{name}.lora_{part}.weight"] = values.to(pipe.dtype)
+                    state[f"{name}.lora_{part}.weight"] = values.to(dtype)
         pipe.save_lora_weights(folder, unet_lora_layers=state)
     return str(folder)
 
