@@ -322,6 +322,28 @@ def test_training_goes_by_the_layers_of_peft(pair: tuple[Any, Any, Accelerated],
     assert seen == [True, False]
 
 
+def test_a_walk_through_layers_that_a_call_comes_between(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
+    """It goes through the layers of PEFT, and takes no longer than it is asked for."""
+    _, pipe, _ = pair
+    pipe.load_lora_weights(lora(pipe, tmp_path), adapter_name="one")
+    expected = [*pipe.unet.named_modules()]
+    walk = pipe.unet.named_modules()
+    begun = [next(walk), next(walk)]
+    forward = pipe.unet.forward
+    run, found = forward._run, list[list[Any]]()
+    forward._run = lambda *args, **kwargs: found.extend(([*walk], [*pipe.unet.named_modules()]))
+    try:
+        pipe.unet(None)
+    finally:
+        forward._run = run
+        pipe.unload_lora_weights()
+    rest, hidden = found
+    assert begun + rest == expected
+    assert len(hidden) < len(expected)
+    assert next(pipe.unet.parameters()) is pipe.unet.conv_in.weight
+    assert [*forward._walks] == [walk]  # nobody has another one
+
+
 def test_no_pipeline_and_no_such_model(pair: tuple[Any, Any, Accelerated]) -> None:
     with pytest.raises(IntegrationError, match="a Linear is no pipeline of diffusers\n.*model.compile"):
         accelerate(nn.Linear(1, 1))
