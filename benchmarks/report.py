@@ -279,6 +279,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("in memory s", _of("lora.set_s")),
         ("graphs for it", _of("lora.graphs")),
         ("results after it", _of("lora.later")),
+        ("same again", lambda row, _: {True: "yes", False: "no"}.get(metric(row, "lora.same_again"), "")),
     ],
     "counts": [*_CONTENTS, ("s", _of("lower_s"))],
     "backend": [("s", _of("backend_s")), _RATIO],

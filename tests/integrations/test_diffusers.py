@@ -8,6 +8,7 @@ import io
 import random
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch_rtx.integrations.diffusers import Accelerated, accelerate
 from torch_rtx.integrations.peft import _Layer
 from torch_rtx.integrations.sizes import compiled
 from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.watch import Watch
 from torch_rtx.runtime.weights import WeightStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT
@@ -46,13 +48,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(files: Path) -> Iterator[tuple[Any, Any, Accelerated]]:
-    """A pipeline in eager mode, and its copy, whose models are compiled once for all tests."""
+    """A pipeline in eager mode, and its copy, whose models are compiled once for all tests. Adapters are compared
+    beside calls, as on a GPU."""
     torch._dynamo.reset()
     pipe = sdxl(files)
     eager = type(pipe)(**{name: copy.deepcopy(one) for name, one in pipe.components.items()}, add_watermarker=False)
     eager.set_progress_bar_config(disable=True)
     eager.tiny_call = pipe.tiny_call
-    with torch.no_grad(), accelerate(pipe) as accelerated:
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), accelerate(pipe) as accelerated:
+        patch.setattr("torch_rtx.integrations.peft.Watch", partial(Watch, beside=True))
         images(pipe)
         yield eager, pipe, accelerated
     torch._dynamo.reset()
@@ -140,7 +144,8 @@ def test_adapters_compile_nothing(pair: tuple[Any, Any, Accelerated], tmp_path: 
     for one in (eager, pipe):
         one.unfuse_lora()
         one.load_lora_weights(paths[1], adapter_name="first", hotswap=True)
-    close(both("first"), second)
+    assert pipe.unet.forward._adapters.suspected  # so that the next call runs once
+    close(both("first"), second)  # `unfuse_lora` rounds
     for one in (eager, pipe):
         one.delete_adapters("third")
         one.disable_lora()
@@ -315,6 +320,28 @@ def test_training_goes_by_the_layers_of_peft(pair: tuple[Any, Any, Accelerated],
         forward._run = run
         pipe.unload_lora_weights()
     assert seen == [True, False]
+
+
+def test_a_walk_through_layers_that_a_call_comes_between(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
+    """It goes through the layers of PEFT, and takes no longer than it is asked for."""
+    _, pipe, _ = pair
+    pipe.load_lora_weights(lora(pipe, tmp_path), adapter_name="one")
+    expected = [*pipe.unet.named_modules()]
+    walk = pipe.unet.named_modules()
+    begun = [next(walk), next(walk)]
+    forward = pipe.unet.forward
+    run, found = forward._run, list[list[Any]]()
+    forward._run = lambda *args, **kwargs: found.extend(([*walk], [*pipe.unet.named_modules()]))
+    try:
+        pipe.unet(None)
+    finally:
+        forward._run = run
+        pipe.unload_lora_weights()
+    rest, hidden = found
+    assert begun + rest == expected
+    assert len(hidden) < len(expected)
+    assert next(pipe.unet.parameters()) is pipe.unet.conv_in.weight
+    assert [*forward._walks] == [walk]  # nobody has another one
 
 
 def test_no_pipeline_and_no_such_model(pair: tuple[Any, Any, Accelerated]) -> None:

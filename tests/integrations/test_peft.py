@@ -144,6 +144,8 @@ def test_hotswap(padded: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> N
     """It writes through `.data`, also to scales where these are tensors. On a device values are compared beside the
     call, which then runs again."""
     monkeypatch.setattr("torch_rtx.integrations.peft.Watch", partial(Watch, beside=late))
+    calls = list[torch.Tensor]()
+    monkeypatch.setattr(Net, "forward", lambda net, x, own=Net.forward: (calls.append(x), own(net, x))[1])
     other = Net().eval()
     add(other, "one", rank=4 if padded else 2, lora_alpha=5)
     swapped = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
@@ -156,7 +158,9 @@ def test_hotswap(padded: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> N
         prepare_model_for_compiled_hotswap(model, target_rank=4, config=model.peft_config["one"])
     before = call(adapters, model)
     hotswap_adapter_from_state_dict(model, swapped, "one", config)
+    calls.clear()
     result = call(adapters, model)
+    assert len(calls) == 1 + late
     assert not torch.equal(result, before)
     torch.testing.assert_close(result, model(X), rtol=1e-4, atol=1e-4)
     assert torch.equal(call(adapters, model), result)
@@ -165,10 +169,27 @@ def test_hotswap(padded: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> N
     activate(model, "one", scale=1.0)
     torch.testing.assert_close(call(adapters, model), model(X), rtol=1e-4, atol=1e-4)
     hotswap_adapter_from_state_dict(model, swapped, "one", config)
+    adapters.suspected = True  # then the call is the only one
+    calls.clear()
     assert torch.equal(call(adapters, model), result)
+    assert len(calls) == 1
     for tuner in tuners(model):
         tuner.enable_adapters(False)
     assert torch.equal(call(adapters, model), plain)  # nothing was written to the model's own weights
+
+
+def test_nothing_is_compared_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_rtx.integrations.peft.Watch", partial(Watch, beside=True))
+    model = Net().eval()
+    add(model, "one")
+    adapters = MergedAdapters(model)
+    before = call(adapters, model)
+    CHANGES["adapter through data"](tuners(model)[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_rtx.integrations.peft.captures", lambda device: True)
+        adapters.suspected = True
+        assert torch.equal(call(adapters, model), before)
+    assert not torch.equal(call(adapters, model), before)
 
 
 def base(tuner: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, update_wrapper
 from importlib import import_module
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -161,7 +162,9 @@ class _Forward(_Replaced):
         super().__init__(model, "_old_forward" if "_old_forward" in vars(model) else "forward")
         self._run: Run = self._original
         self._adapters, self._lock = MergedAdapters(model), threading.RLock()
-        self._listings = [_Listing(model, name, self._lock) for name in ("named_modules", "named_children")]
+        names = "named_modules", "named_children"
+        self._walks: WeakSet[_Walk] = WeakSet()
+        self._listings = [_Listing(model, name, self._lock, self._walks, self._adapters) for name in names]
         self._attached: list[nn.Parameter] | None = None  # the merged weights that an engine uses
 
     def use(self, make: Callable[[Run], Run]) -> None:
@@ -177,6 +180,8 @@ class _Forward(_Replaced):
             return self._run(*args, **kwargs)  # adapters are trained, or drop out: PEFT's layers run themselves
         scale, rest = _without_scale(kwargs)
         with self._lock:
+            for walk in [*self._walks]:
+                walk.finish()
             found = self._adapters.update(scale)
             if engine:
                 self._attach()
@@ -201,15 +206,40 @@ class _Forward(_Replaced):
 
 class _Listing(_Replaced):
     """A method that lists layers, between calls: during one, another thread would miss the adapters, and so would what
-    it does to them."""
+    it does to them. Who changes adapters unseen has listed the layers before, as hotswapping does; so do pipelines, but
+    not for each step."""
 
-    def __init__(self, model: nn.Module, name: str, lock: threading.RLock) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, lock: threading.RLock, walks: WeakSet[_Walk], adapters: MergedAdapters
+    ) -> None:
         super().__init__(model, name)
-        self._lock = lock
+        self._lock, self._walks, self._adapters = lock, walks, adapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         with self._lock:
-            return iter([*self._original(*args, **kwargs)])
+            self._adapters.suspected = True
+            walk = _Walk(self._original(*args, **kwargs), self._lock)
+            self._walks.add(walk)
+            return walk
+
+
+class _Walk:
+    """A walk through layers, as far as somebody takes it: a pipeline asks for the device of the first parameter again
+    and again, and models with adapters have thousands of layers."""
+
+    def __init__(self, layers: Iterator[Any], lock: threading.RLock) -> None:
+        self._layers, self._lock = layers, lock
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._lock:
+            return next(self._layers)
+
+    def finish(self) -> None:
+        """Do the rest of the walk now, before a call hides the adapters."""
+        self._layers = iter([*self._layers])
 
 
 def _without_scale(kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

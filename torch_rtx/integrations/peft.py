@@ -22,7 +22,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from torch_rtx.runtime.watch import Watch
+from torch_rtx.runtime.watch import Watch, captures
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,6 +50,10 @@ class MergedAdapters:
     """The adapters of a model, found anew wherever PEFT adds or removes layers. For one thread at a time.
 
     Memory: a second copy of the weights that adapters change, as long as there are adapters.
+
+    Attributes:
+        suspected: a value may have changed that no version counter tells of, as far as the caller knows. The next
+            `update` compares values, for which the host waits for the device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,6 +68,7 @@ class MergedAdapters:
         self._tensors: list[torch.Tensor] = []
         self._places: list[int] = []  # the ids of these, and their addresses
         self._watch: Watch | None = None
+        self.suspected = False
 
     def update(self, scale: float = 1.0) -> bool:
         """Merge again what changed since the last time: adapters, their scales, or weights.
@@ -88,8 +93,11 @@ class MergedAdapters:
             # Detached, they are plain tensors, whose values are compared as well: hotswapping moves no version counter.
             named = {str(index): tensor.detach() for index, tensor in enumerate(tensors)}
             self._watch = Watch(named, sampled=True) if named else None
-        elif self._watch is not None and self._watch.changed():
-            changed = self._taken()
+        elif self._watch is not None:
+            unseen = self.suspected and not self._is_captured() and self._watch.late_differs()
+            if unseen or self._watch.changed():
+                changed = self._taken(unseen)
+        self.suspected = False
         self._merge(changed, scale)
         return bool(self._layers or self._others)
 
@@ -101,12 +109,13 @@ class MergedAdapters:
         Args:
             scale: that of `update`.
         """
+        watch = None if self._is_captured() else self._watch
         with self.hidden(scale):
-            if self._watch is not None:
-                self._watch.launch()
+            if watch is not None:
+                watch.launch()
             result = call()
         # Not within the block: merging needs the model's own layers and weights.
-        if self._watch is None or not self._watch.wait():
+        if watch is None or not watch.wait():
             return result
         self._merge(self._taken(everything=True), scale)
         with self.hidden(scale):
@@ -135,6 +144,10 @@ class MergedAdapters:
     def weights(self) -> list[nn.Parameter]:
         """The parameters that calls meet in place of the model's own."""
         return [own for layer in self._layers for own in layer.own.values()]
+
+    def _is_captured(self) -> bool:
+        """Whether the caller captures what is queued on the adapters' device."""
+        return self._watch is not None and any(captures(sample.device) for sample in self._watch.late)
 
     def _find(self) -> None:
         kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())

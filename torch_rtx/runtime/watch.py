@@ -97,10 +97,14 @@ class Watch:
         found = [sample.wait() for sample in self.late]  # for all of them: they still read the tensors
         return any(found)
 
+    def late_differs(self) -> bool:
+        """Do the late comparisons now; True if a tensor changed since `take`."""
+        self.launch()
+        return self.wait()
+
     def differs(self) -> bool:
         """Compare everywhere now."""
-        self.launch()
-        return self.wait() or self.changed()
+        return self.late_differs() or self.changed()
 
 
 class Sample:
