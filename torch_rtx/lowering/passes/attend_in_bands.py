@@ -1,8 +1,8 @@
 """Attention in a band: a mask by which queries see only keys near their own position, as in sliding windows, becomes
 two numbers. The kernel skips blocks of keys outside of the band, and no mask is left but what else hides keys.
 
-Masks are evaluated; those of open sizes stay. So do bands of more than half of the keys, where libraries may be faster,
-and those of few queries, whose keys are split.
+Masks are formulas of positions, for any sizes, or are evaluated. Bands of more than half of the keys stay masks, since
+libraries may be faster there, and so do those of few queries, whose keys are split.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.attention import DTYPES, MAX_WIDTH
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
+from torch_rtx.lowering.kernels.index import from_dim, is_natural
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.split_kv import MAX_QUERIES
-from torch_rtx.lowering.passes.simplify_masks import CONJUNCTIONS, visible_keys
+from torch_rtx.lowering.passes.simplify_masks import CONJUNCTIONS, condition_of, visible_keys
+from torch_rtx.lowering.positions import AtLeastZero, Positions
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 from torch_rtx.op_work import ATTENTION, SDPA
 
@@ -57,7 +61,7 @@ class _Band:
 
 def attend_in_bands(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
-    constants, found = Constants(graph), dict[tuple[object, ...], _Band | None]()
+    masks, found = _Masks(graph), dict[tuple[object, ...], _Band | None]()
 
     def band_of(node: Node) -> _Band | None:
         """The band of a call, evaluated once for all layers."""
@@ -68,7 +72,7 @@ def attend_in_bands(graph: Graph, infer: Inference) -> Graph:
         queries, keys = (type_of(argument(node, name)).shape[-2] for name in ("query", "key"))
         key = mask.name, queries, keys, zeros
         if key not in found:
-            found[key] = _band(mask, queries, keys, zeros, constants)
+            found[key] = masks.band(mask, queries, keys, zeros)
         return found[key]
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -88,52 +92,73 @@ def attend_in_bands(graph: Graph, infer: Inference) -> Graph:
     return rewrite(graph, infer, visit)
 
 
-def _band(mask: Value, queries: Dim, keys: Dim, zeros: bool, constants: Constants) -> _Band | None:
-    """The band that `mask`, or a part of it, is; None if there is none, or if it hides too little.
+class _Masks:
+    """What is known of the masks of a graph."""
 
-    Args:
-        zeros: a query that sees no key is 0, rather than NaN.
-    """
-    if not isinstance(queries, int) or not isinstance(keys, int) or queries <= MAX_QUERIES:
+    def __init__(self, graph: Graph) -> None:
+        self._constants, self._positions = Constants(graph), Positions(graph)
+
+    def band(self, mask: Value, queries: Dim, keys: Dim, zeros: bool) -> _Band | None:
+        """The band that `mask`, or a part of it, is; None if there is none, or if it hides too little.
+
+        Args:
+            zeros: a query that sees no key is 0, rather than NaN.
+        """
+        first, last, others = -math.inf, math.inf, list[Value]()
+        condition, _ = condition_of(mask, self._constants)
+        for part in self._parts(condition):
+            ends = self._ends(part, queries, keys)
+            if ends is None:
+                others.append(part)
+            else:
+                first, last = max(first, ends[0]), min(last, ends[1])
+        is_narrow = 0 < GAIN * (last - first + 1) <= typical(keys) and typical(queries) > MAX_QUERIES
+        ahead = from_dim(keys) - from_dim(queries)
+        most = ahead.number if ahead.number is not None else 0 if is_natural(ahead) else -math.inf
+        sees_some = not others and last >= 0 and first <= most  # each query
+        is_same = sees_some or (zeros and type_of(mask).dtype == "bool")
+        return _Band(int(first), int(last), others) if is_narrow and is_same else None
+
+    def _parts(self, mask: Value) -> Iterator[Value]:
+        """The masks that together are `mask`."""
+        node, parts = self._constants.producer.get(mask.name), [mask]
+        if node is not None and node.op in (EXPAND, *CONJUNCTIONS):
+            operands = [value for name in ("self", "other") if isinstance(value := node.arg(name), Value)]
+            same = [type_of(one).shape[-2:] for one in operands] == [type_of(mask).shape[-2:]]
+            both = [type_of(one).dtype for one in operands] == ["bool", "bool"]
+            parts = operands if (same if node.op == EXPAND else both) else parts
+        for part in parts:
+            yield from (part,) if part is mask else self._parts(part)
+
+    def _ends(self, mask: Value, queries: Dim, keys: Dim) -> tuple[float, float] | None:
+        """The ends of the band that a mask is, if it adds nothing to the scores of keys in it. One that hides nothing
+        has infinite ends."""
+        position, element = self._positions.element(mask) if type_of(mask).dtype == "bool" else ((), None)
+        if element == ONE:
+            return -math.inf, math.inf
+        if isinstance(element, AtLeastZero) and type_of(mask).shape[-2:] == (queries, keys):
+            distance = position[-1] - position[-2]
+            first, last = (ZERO - (element.index - distance)).number, (element.index + distance).number
+            if first is not None:
+                return first, math.inf
+            if last is not None:
+                return -math.inf, last
+        known = self._constants.find(mask)
+        return None if known is None else _ends_of(known, queries, keys)
+
+
+def _ends_of(mask: torch.Tensor, queries: Dim, keys: Dim) -> tuple[float, float] | None:
+    """As `_Masks._ends`, of a mask whose elements are known."""
+    if mask.dtype == torch.bool and bool(mask.all()):
+        return -math.inf, math.inf
+    if mask.shape[-2:] != (queries, keys) or mask.numel() != mask.shape[-2] * mask.shape[-1]:
         return None
-    first, last, others = -queries, keys, list[Value]()
-    for part in _parts(mask, constants):
-        known = constants.find(part)
-        ends = None if known is None else _ends(known, queries, keys)
-        if ends is None and (known is None or known.dtype != torch.bool or not bool(known.all())):
-            others.append(part)
-        elif ends is not None:
-            first, last = max(first, ends[0]), min(last, ends[1])
-    is_narrow = 0 < GAIN * (last - first + 1) <= keys
-    sees_some = not others and last >= 0 and first <= keys - queries  # each query
-    is_same = sees_some or (zeros and type_of(mask).dtype == "bool")
-    return _Band(first, last, others) if is_narrow and is_same else None
-
-
-def _parts(mask: Value, constants: Constants) -> Iterator[Value]:
-    """The masks that together are `mask`."""
-    node, parts = constants.producer.get(mask.name), [mask]
-    if node is not None and node.op in (EXPAND, *CONJUNCTIONS):
-        operands = [value for name in ("self", "other") if isinstance(value := node.arg(name), Value)]
-        same = [type_of(one).shape[-2:] for one in operands] == [type_of(mask).shape[-2:]]
-        both = [type_of(one).dtype for one in operands] == ["bool", "bool"]
-        parts = operands if (same if node.op == EXPAND else both) else parts
-    for part in parts:
-        yield from (part,) if part is mask else _parts(part, constants)
-
-
-def _ends(mask: torch.Tensor, queries: int, keys: int) -> tuple[int, int] | None:
-    """The ends of the band that a mask is, if it adds nothing to the scores of keys in it."""
-    if mask.shape[-2:] != (queries, keys) or mask.numel() != queries * keys:
-        return None
-    mask = mask.reshape(queries, keys)
+    mask = mask.reshape(mask.shape[-2:])
     seen = visible_keys(mask)
-    if mask.dtype != torch.bool and bool((mask[seen] != 0).any()):
-        return None
-    rows, ones = torch.arange(queries), seen.to(torch.uint8)
     some = seen.any(-1)
-    if not bool(some.any()):
+    if not bool(some.any()) or (mask.dtype != torch.bool and bool((mask[seen] != 0).any())):
         return None
+    rows, ones = torch.arange(len(seen)), seen.to(torch.uint8)
     first = int((ones.argmax(-1) - rows)[some].min())
-    last = int((keys - 1 - ones.flip(-1).argmax(-1) - rows)[some].max())
+    last = int((seen.shape[1] - 1 - ones.flip(-1).argmax(-1) - rows)[some].max())
     return (first, last) if seen.equal(torch.ones_like(seen).tril(last).triu(first)) else None

@@ -43,7 +43,7 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
             return False
         if node.arg("bias") is not None:
             return False
-        condition, choice = _condition(mask, constants)
+        condition, choice = condition_of(mask, constants)
         needed, op = _needed(condition, constants, positions), node.op
         sees_itself = op == SDPA or (node.arg("sink") is not None and node.arg("fill") is None)
         causal = needed is not None and sees_itself and _is_causal(needed, _scores(node), constants, positions)
@@ -76,7 +76,7 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min
 
 
-def _condition(mask: Value, constants: Constants) -> tuple[Value, Node | None]:
+def condition_of(mask: Value, constants: Constants) -> tuple[Value, Node | None]:
     """The condition of a mask that adds 0 where it holds and else minus infinity; another mask as it is. And the call
     that chooses by the condition, if a mask must still be made of it: the minimum of a dtype hides nothing in rows
     without a visible key.
