@@ -42,7 +42,7 @@ TYPICAL_START = 4  # the same for what a decoder begins with, such as a language
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (None, 1)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "penalty_alpha"), (None, 0)),
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty", "stop_strings"), (None,)),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "stop_strings"), (None,)),
     **dict.fromkeys(("watermarking_config", "constraints", "force_words_ids", "dola_layers"), (None,)),
     **dict.fromkeys(("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold"), (None,)),
     **dict.fromkeys(("return_token_timestamps", "condition_on_prev_tokens", "token_healing"), (None, False)),
@@ -195,6 +195,7 @@ def _checked(
             raise SettingsError(f"max_cache_len={max_cache_len}, and the model has {positions} positions")
     asked = {name: getattr(model.generation_config, name, None) for name in NOT_FOLLOWED}
     odd = [f"{name}={value!r}" for name, value in asked.items() if value not in NOT_FOLLOWED[name]]
+    odd += [f"bad_words_ids={w!r}" for w in [model.generation_config.bad_words_ids or ()] if any(len(x) > 1 for x in w)]
     if odd:
         hint = "an engine would write another text; set these to None in model.generation_config if that is meant"
         raise SettingsError(f"no engine does what the generation configuration asks for: {', '.join(odd)}", hint=hint)
