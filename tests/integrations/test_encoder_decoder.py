@@ -79,7 +79,9 @@ def hearing() -> Any:
 def writer(hearing: Any) -> GenerationEngine:
     """For two sounds. It knows timestamps; Whisper's own method would take a text with them for several."""
     plain, hearing.generation_config = hearing.generation_config, with_times(hearing)
-    engine = export_generate(hearing, max_cache_len=PLACES, batch_size=2, source=sounds(1), strip_weights=False)
+    engine = export_generate(
+        hearing, max_cache_len=PLACES, batch_size=2, source=sounds(1).double(), strip_weights=False
+    )
     hearing.generation_config = plain
     return engine
 
@@ -291,6 +293,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (sounds(2), {"decoder_input_ids": None}, "decoder_input_ids are missing"),
     (sounds(2)[:, :, :39], {}, r"shape \[2, 8, 39\], the engine takes \[batch, \*\[8, 40\]\]"),
     (sounds(1)[0], {}, "a tensor with 3 axes"),
+    (sounds(2).long(), {}, r"features of torch.int64, the engine takes torch.float32"),
     (sounds(3), {}, "3 prompts, the engine is for 2 to 2"),
     (sounds(2), {"decoder_input_ids": ASKED}, "1 decoder_input_ids for 2 sources"),
     (sounds(2), {"attention_mask": torch.zeros(2, 40)}, "hides parts of features"),

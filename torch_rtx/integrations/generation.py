@@ -434,7 +434,10 @@ class GenerationEngine:
                 raise InputError(
                     f"features of shape {list(source.shape)}, the engine takes [batch, *{list(shape[1:])}]"
                 )
-            return (source.to(self.device, aten.DTYPES[kinds["source"].dtype]),)
+            dtype = aten.DTYPES[kinds["source"].dtype]
+            if source.is_floating_point() != dtype.is_floating_point:
+                raise InputError(f"features of {source.dtype}, the engine takes {dtype}")
+            return (source.to(self.device, dtype),)
         longest = _range(shape[1])[1]
         if source.is_floating_point() or source.shape[1] > longest:
             hint = f"shorten the texts, or export with source={source.shape[1]} or more"

@@ -71,7 +71,8 @@ def export_generate(
         batch_size: sequences per call: a number, or the smallest and the largest one.
         min_prompt_len: tokens of the shortest prompt, where a model does not take fewer, such as one with convolutions.
         source: of a model with an encoder, what that reads: the most tokens of a text; or an example of its features,
-            such as those of a sound `[any, ...]`, whose sizes but the first are those of every call.
+            such as those of a sound `[any, ...]`, whose sizes but the first are those of every call; in any float
+            dtype, since it gets that of the model.
 
     Raises:
         IntegrationError: transformers is missing, or a release that has no static cache.
@@ -86,6 +87,8 @@ def export_generate(
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len, source)
     device = settings.device or model.device.type
+    if isinstance(source, Tensor) and source.is_floating_point():
+        source = source.to(model.dtype)  # feature extractors know nothing of it
 
     def build(program: nn.Module, types: Types, **changes: Any) -> Any:
         return compile(program, types[type(program)], settings=replace(settings, **changes), runtime=runtime)
