@@ -70,6 +70,14 @@ def with_times(model: Any, most: int | None = 4) -> Any:
     return config
 
 
+def exported(model: Any, **options: Any) -> GenerationEngine:
+    """It knows timestamps, and the model does not: Whisper's own method would take a text with them for several."""
+    plain, model.generation_config = model.generation_config, with_times(model)
+    engine = export_generate(model, max_cache_len=PLACES, **options)
+    model.generation_config = plain
+    return engine
+
+
 @pytest.fixture(scope="module")
 def hearing() -> Any:
     return tiny("Whisper")
@@ -77,13 +85,8 @@ def hearing() -> Any:
 
 @pytest.fixture(scope="module")
 def writer(hearing: Any) -> GenerationEngine:
-    """For two sounds. It knows timestamps; Whisper's own method would take a text with them for several."""
-    plain, hearing.generation_config = hearing.generation_config, with_times(hearing)
-    engine = export_generate(
-        hearing, max_cache_len=PLACES, batch_size=2, source=sounds(1).double(), strip_weights=False
-    )
-    hearing.generation_config = plain
-    return engine
+    """For two sounds."""
+    return exported(hearing, batch_size=2, source=sounds(1).double(), strip_weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +273,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     """By library calls, by kernels, and by CUDA graphs."""
     sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
     heard, read = tiny("Whisper", **sizes).cuda(), tiny("T5").cuda()
-    writer = export_generate(heard, max_cache_len=PLACES, batch_size=(1, 2), source=sounds(1).cuda())
+    writer = exported(heard, batch_size=(1, 2), source=sounds(1).cuda())
     translator = export_generate(read, max_cache_len=PLACES, batch_size=(1, 2), source=SOURCE)
     writer.save(tmp_path)
     loaded = GenerationEngine.load(tmp_path, weights=heard, trust_binaries=True)
@@ -282,6 +285,9 @@ def test_on_a_gpu(tmp_path: Path) -> None:
                 for engine in (writer, loaded):
                     given = {"decoder_input_ids": begin, "max_new_tokens": 8, "eos_token_id": None, **rules}
                     assert torch.equal(engine.generate(source, **given), wanted), again
+            wanted = timed(heard, source, begin, eos_token_id=None)
+            given |= {"max_new_tokens": 12, "suppress_tokens": None, "begin_suppress_tokens": None}
+            assert torch.equal(loaded.generate(source, return_timestamps=True, **given), wanted), again
         for ids in (TEXT.cuda(), PADDED.cuda(), TEXT[:, :2].cuda()):
             mask = (ids != PAD).long()
             wanted = expected(read, ids, attention_mask=mask, eos_token_id=None)
