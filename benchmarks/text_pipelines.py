@@ -57,6 +57,7 @@ WHISPER = {
 }
 HEARD = 80, 3000  # mel bins and frames of 30 s
 START = [50258, 50259, 50359, 50363]  # Whisper's tokens before a text: English, transcribe, no timestamps
+ANY_TOKEN = {"suppress_tokens": None, "begin_suppress_tokens": None}
 LENGTHS = {"full": (32, 128, 512), "small": (8, 12, 32)}  # of prompts, of what follows, and of the cache
 WHISPER_PLACES = 448  # all that the model has, as an application would export it
 WHISPER_TOKENS = {"full": 100, "small": 6}
@@ -131,8 +132,7 @@ def _whisper(workload: Workload, device: str, dtype: torch.dtype) -> tuple[Any, 
     given = {
         "input_features": _sound(workload, device, dtype),
         "decoder_input_ids": start,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
+        **ANY_TOKEN,
     }
     return model, given, WHISPER_TOKENS[workload.size]
 
@@ -202,7 +202,7 @@ def _engine(workload: Workload, device: str, dtype: torch.dtype, folder: Path, w
     given: dict[str, Any] = {"max_new_tokens": WHISPER_TOKENS[workload.size] if whisper else tokens}
     source = _sound(workload, device, dtype) if whisper else _prompt(workload, device)
     if whisper:
-        given["decoder_input_ids"] = torch.tensor([START] * workload.batch)
+        given |= {"decoder_input_ids": torch.tensor([START] * workload.batch), **ANY_TOKEN}
     model, asked = None, dict[str, Any]()
     if warm:
         engine = GenerationEngine.load(folder / "engine", device=device, trust_binaries=True)

@@ -36,6 +36,7 @@ WIDE = {"token", "position", "mask", "seen", "uniforms"}  # inputs with a row fo
 KNOWN = (
     *("eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "return_timestamps"),
+    "bad_words_ids",
 )
 AHEAD = 2  # steps that are queued on a GPU while the host waits for a token
 MASKS = 8  # of tokens that may not be chosen, kept for further texts
@@ -381,11 +382,13 @@ class GenerationEngine:
             least = max(new, whole - length)
         if least is not None and (type(least) is not int or least < 0):
             raise InputError(f"min_new_tokens is {least!r}, not a number of tokens")
+        words = getattr(self.decode, "bad_words_ids", None)  # each of one token
+        bad = words if isinstance(words, list) else []
         forced = self._tokens_of("forced_bos_token_id", _DEFAULT if length == 1 else None)
         last = self._tokens_of("forced_eos_token_id", _DEFAULT)
         return Rules(
             ends,
-            self._tokens_of("suppress_tokens", suppress),
+            self._tokens_of("suppress_tokens", suppress) + tokens_of("bad_words_ids", sum(bad, []), self._vocabulary),
             self._tokens_of("begin_suppress_tokens", begin_suppress),
             least or 0,
             next(iter(forced), None),
@@ -431,7 +434,10 @@ class GenerationEngine:
                 raise InputError(
                     f"features of shape {list(source.shape)}, the engine takes [batch, *{list(shape[1:])}]"
                 )
-            return (source.to(self.device, aten.DTYPES[kinds["source"].dtype]),)
+            dtype = aten.DTYPES[kinds["source"].dtype]
+            if source.is_floating_point() != dtype.is_floating_point:
+                raise InputError(f"features of {source.dtype}, the engine takes {dtype}")
+            return (source.to(self.device, dtype),)
         longest = _range(shape[1])[1]
         if source.is_floating_point() or source.shape[1] > longest:
             hint = f"shorten the texts, or export with source={source.shape[1]} or more"

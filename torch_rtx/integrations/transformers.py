@@ -42,7 +42,7 @@ TYPICAL_START = 4  # the same for what a decoder begins with, such as a language
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (None, 1)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "penalty_alpha"), (None, 0)),
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty", "stop_strings"), (None,)),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "stop_strings"), (None,)),
     **dict.fromkeys(("watermarking_config", "constraints", "force_words_ids", "dola_layers"), (None,)),
     **dict.fromkeys(("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold"), (None,)),
     **dict.fromkeys(("return_token_timestamps", "condition_on_prev_tokens", "token_healing"), (None, False)),
@@ -71,7 +71,8 @@ def export_generate(
         batch_size: sequences per call: a number, or the smallest and the largest one.
         min_prompt_len: tokens of the shortest prompt, where a model does not take fewer, such as one with convolutions.
         source: of a model with an encoder, what that reads: the most tokens of a text; or an example of its features,
-            such as those of a sound `[any, ...]`, whose sizes but the first are those of every call.
+            such as those of a sound `[any, ...]`, whose sizes but the first are those of every call; in any float
+            dtype, since it gets that of the model.
 
     Raises:
         IntegrationError: transformers is missing, or a release that has no static cache.
@@ -86,6 +87,8 @@ def export_generate(
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len, source)
     device = settings.device or model.device.type
+    if isinstance(source, Tensor) and source.is_floating_point():
+        source = source.to(model.dtype)  # feature extractors know nothing of it
 
     def build(program: nn.Module, types: Types, **changes: Any) -> Any:
         return compile(program, types[type(program)], settings=replace(settings, **changes), runtime=runtime)
@@ -195,6 +198,7 @@ def _checked(
             raise SettingsError(f"max_cache_len={max_cache_len}, and the model has {positions} positions")
     asked = {name: getattr(model.generation_config, name, None) for name in NOT_FOLLOWED}
     odd = [f"{name}={value!r}" for name, value in asked.items() if value not in NOT_FOLLOWED[name]]
+    odd += [f"bad_words_ids={w!r}" for w in [model.generation_config.bad_words_ids or ()] if any(len(x) > 1 for x in w)]
     if odd:
         hint = "an engine would write another text; set these to None in model.generation_config if that is meant"
         raise SettingsError(f"no engine does what the generation configuration asks for: {', '.join(odd)}", hint=hint)
