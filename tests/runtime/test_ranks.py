@@ -81,8 +81,31 @@ def test_a_rank_that_fails_keeps_nobody_waiting(store: Any, caplog: pytest.LogCa
 
 
 @pytest.mark.quick
+def test_a_store_that_failed_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist, asked = torch.distributed, list[str]()
+
+    class Failing(dist.Store):  # type: ignore[misc]
+        def check(self, keys: list[str]) -> bool:
+            asked.extend(keys)
+            raise dist.DistStoreError("connection reset")
+
+    failing = Failing()
+    monkeypatch.setattr(ranks, "_failed", float("-inf"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: failing)
+    assert ranks.place() == (1, 2)
+    assert [ranks.said("a", 60), ranks.said("b", 60)] == [None, None]
+    assert [key.rpartition("/")[2] for key in asked] == ["a"]
+    assert ranks.place() == (0, 1)
+
+
+@pytest.mark.quick
 def test_a_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "shared_store", Gone)
+    monkeypatch.setattr(ranks, "_failed", ranks._failed)  # as it was, afterwards
     assert ranks.agreed("a", "mine") == "mine"
     assert ranks.said("a", 60) is None
     with ranks.one_rank_first("a", 60):

@@ -2,7 +2,7 @@
 
 All ranks of a group come here before its first graph with collectives runs. They need GPUs of one host that see each
 other's memory. Each rank times all ways inside of CUDA graphs; the slowest rank counts. What a rank finds, the others
-learn through the store of torch.distributed, and one word of the first rank decides in the end.
+learn through the store of torch.distributed, so that all come to the same end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torch_rtx.one_shot import ROOMS, Room
-from torch_rtx.runtime.ranks import agreed, exchanged
+from torch_rtx.runtime.ranks import exchanged
 
 log = logging.getLogger(__name__)
 SIZES = tuple(kib << 10 for kib in (8, 32, 128, 512, 2048))  # of operands, in bytes
@@ -55,7 +55,8 @@ def choose(name: str, group: Any, device: torch.device, key: str) -> int:
         limits = _faster_until(buffers, name, group, f"{key} times")
     except RuntimeError as error:
         log.warning("sums over the group %s can't be measured: %s", name, error)
-    one_shot, limit = map(int, agreed(f"{key} limits", "{} {}".format(*limits)).split())
+    alike = exchanged(f"{key} limits", str(limits), rank, size) == [str(limits)] * size
+    one_shot, limit = limits if alike else (0, 0)
     log.info("the group %s adds up to %d KiB by kernels, to %d KiB in one shot", name, limit >> 10, one_shot >> 10)
     if limit:
         ROOMS[name] = Room(one_shot, limit, buffers)
@@ -98,6 +99,8 @@ def _faster_until(buffers: dict[torch.dtype, torch.Tensor], name: str, group: An
         mine = " ".join(str(_us(way, tensor.device)) for way in ways)
         said = exchanged(f"{key} {size}", mine, group.rank(), group.size())
         times = [[float(number) for number in one.split()] for one in said if one is not None]
+        if len(times) < group.size():
+            return 0, 0
         one, two, nccl = (max(column) for column in zip(*times, strict=True))
         log.debug("a sum of %d KiB: %.1f us in one shot, %.1f in two, NCCL %.1f", size >> 10, one, two, nccl)
         if min(one, two) >= nccl:

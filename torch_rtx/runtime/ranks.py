@@ -1,7 +1,8 @@
 """What the ranks of torch.distributed decide once for all of them, through its store of keys and values.
 
 These are no collectives: a rank may ask at any time, in any thread, and one that never asks keeps nobody waiting for
-longer than a timeout. Without other ranks, or where the store is gone, each process decides for itself.
+longer than a timeout. Without other ranks, or where the store is gone, each process decides for itself. A store that
+failed is not asked again for a while: each failure writes a trace to the log of PyTorch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -17,12 +19,18 @@ import torch
 log = logging.getLogger(__name__)
 FIRST_S = 120.0  # to wait for the rank that builds what all need
 SAID_S = 5.0  # to wait for what a rank is about to say
+SILENT_S = 300.0  # without a question to a store that failed
 POLL_S = 0.02  # between questions: a blocking wait would keep the threads of NCCL from the store
 
 
+_failed = -inf  # when the store failed
+
+
 def shared_store() -> Any | None:
-    """The store that all ranks see; None: there are no others."""
+    """The store that all ranks see; None: there are no others, or it has failed."""
     dist = torch.distributed
+    if time.monotonic() < _failed + SILENT_S:
+        return None
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     if dist.get_backend() == "fake":
@@ -126,4 +134,6 @@ def _appears(store: Any, key: str, seconds: float) -> bool:
 
 
 def _alone(error: Exception) -> None:
-    log.info("the store of the ranks does not answer, this one decides for itself: %s", error)
+    global _failed
+    _failed = time.monotonic()
+    log.warning("the store of the ranks fails, this one decides for itself: %s", str(error).partition("\n")[0])

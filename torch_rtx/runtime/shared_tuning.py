@@ -46,12 +46,13 @@ class SharedTuning:
             ranks.say(_done(name), "yes")
 
     def heard(self, seconds: float, step: Callable[[], object]) -> list[str]:
-        """The names of what the others have measured; waits for so many seconds at most, and calls `step` meanwhile."""
+        """The names of what the others have measured. Waits for so many seconds at most, or until the store fails, and
+        calls `step` meanwhile."""
         end, found = time.monotonic() + seconds, list[str]()
         for name in self._others:
             while ranks.said(_done(name)) is None:
                 step()
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or ranks.shared_store() is None:
                     return found
                 time.sleep(POLL_S)
             found.append(name)
