@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -230,6 +231,16 @@ ITEMS: dict[str, Callable[[Rank, str, int], Row]] = {
 }
 
 
+def _end_with(torchrun: int, runner: int) -> None:
+    """End this process soon after one of these: torchrun gives ranks sessions of their own, and who kills it would
+    leave them on the GPUs, beside whatever is measured next."""
+    with contextlib.suppress(ProcessLookupError):
+        while os.getppid() == torchrun:
+            os.kill(runner, 0)  # nothing, if there is such a process
+            time.sleep(0.5)
+    os._exit(1)
+
+
 def main() -> None:
     """Run the cases, such as `decode:engine:2`, and write their rows."""
     parser = argparse.ArgumentParser()
@@ -237,6 +248,8 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="the file that rows are added to, by the first rank")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    others = os.getppid(), int(os.environ["RANKS_OF"])
+    threading.Thread(target=_end_with, args=others, daemon=True).start()
     rank = Rank(options.small)
     for case in options.cases:
         item, peer, parts = case.split(":")

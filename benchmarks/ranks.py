@@ -35,6 +35,7 @@ ITEMS: dict[str, tuple[float, tuple[str, ...]]] = {
     "start": (60, ()),
 }
 START_S = 60  # until the ranks have imported everything
+GONE_S = 2.0  # until ranks have ended that were told to
 POLL_S = 0.2
 Row = dict[str, Any]
 
@@ -69,7 +70,11 @@ class Runner:
     def _start(self, cases: list[str], ranks: int, file: Path, caches: str) -> subprocess.Popen[bytes]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         worker = ["-m", "benchmarks.rank_worker", *cases, f"--rows={file}", *["--small"] * self.small]
-        begun = {"RANKS_BEGUN": str(time.time()), "TORCH_RTX_CACHE_DIR": str(self.folder / caches)}
+        begun = {
+            "RANKS_OF": str(os.getpid()),
+            "RANKS_BEGUN": str(time.time()),
+            "TORCH_RTX_CACHE_DIR": str(self.folder / caches),
+        }
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | begun
         return subprocess.Popen([sys.executable, *torchrun, *worker], env=environment, start_new_session=True)
 
@@ -85,8 +90,9 @@ class Runner:
                     self._tell(line)
             seen = len(lines)
             if time.monotonic() > min(self.end, since + ITEMS[current.split(":")[0]][0]):
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)  # torchrun, whose ranks see that it is gone
                 child.wait()
+                time.sleep(GONE_S)
                 return current
             time.sleep(POLL_S)
         for line in _lines(file)[seen:]:

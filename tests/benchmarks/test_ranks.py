@@ -34,6 +34,7 @@ def test_failures_cost_no_other_case(
 
     monkeypatch.setattr(ranks.Runner, "_start", start)
     monkeypatch.setattr(ranks, "POLL_S", 0.01)
+    monkeypatch.setattr(ranks, "GONE_S", 0.0)
     monkeypatch.setitem(ranks.ITEMS, "decode", (0.3, ranks.ITEMS["decode"][1]))
     runner = ranks.Runner(2, 60, True, tmp_path)
     runner.run([f"decode:{peer}" for peer in ("engine:2", "inductor:2", "eager:2", "engine:1")], 2)
