@@ -186,6 +186,9 @@ def test_what_a_text_must_begin_and_end_with(
             wanted = expected(model, PADDED, begin, max_new_tokens=tokens, **rules)
             given = None if begin is None else begin.expand(2, -1)
             found = engine.generate(PADDED, decoder_input_ids=given, max_new_tokens=tokens)
+            changed = {**rules, "forced_bos_token_id": 7, "bad_words_ids": [[END]]}
+            other = engine.generate(PADDED, decoder_input_ids=given, max_new_tokens=tokens, **changed)
+            assert torch.equal(other, expected(model, PADDED, begin, max_new_tokens=tokens, **changed))
             assert torch.equal(found, wanted)
             assert (wanted[0, 1], wanted[0, -1]) == (5, END)
     drawn = engine.generate(PADDED, max_new_tokens=4, do_sample=True)
@@ -306,6 +309,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (sounds(2), {"decoder_input_ids": TWICE + 30}, "outside of the 37"),
     (sounds(2), {"suppress_tokens": [37]}, r"suppress_tokens is \[37\].*below 37"),
     (sounds(2), {"min_new_tokens": -1}, "min_new_tokens is -1"),
+    (sounds(2), {"bad_words_ids": [[3, 4]]}, r"bad_words_ids is \[\[3, 4\]\]"),
     (sounds(2), {"max_new_tokens": 14}, "the cache has room for 13"),
 ]
 
