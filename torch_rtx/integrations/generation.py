@@ -331,6 +331,8 @@ class GenerationEngine:
         """The prompts and the tokens, see `stream`."""
         known = {name: options.pop(name, getattr(self.decode, name, None)) for name in KNOWN}
         pad, ends = known["pad_token_id"], self._tokens_of("eos_token_id", known)
+        if pad is not None and type(pad) is not int:
+            raise InputError(f"pad_token_id is {pad!r}, not the number of a token")
         if self.encode is None:
             if decoder_input_ids is not None or decoder_attention_mask is not None:
                 raise InputError("this engine has no encoder, and so no decoder_input_ids")
