@@ -36,7 +36,6 @@ T5 = {
     "d_kv": 4,
     "d_ff": 16,
     "num_layers": 1,
-    "num_decoder_layers": 2,
     "num_heads": 4,
 }
 SOUNDS = {"max_source_positions": 20, "max_target_positions": 32, "tie_word_embeddings": False}
