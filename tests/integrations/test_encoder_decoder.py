@@ -329,7 +329,8 @@ def test_wrong_arguments(writer: GenerationEngine, source: Tensor, options: dict
         writer.stream(source, **{"decoder_input_ids": TWICE, **options})
 
 
-def test_wrong_texts(translator: tuple[Any, GenerationEngine]) -> None:
+def test_wrong_texts(translator: tuple[Any, GenerationEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert translator[1].encode.vocabulary == VOCABULARY
     for ids, mask, message in (
         (PADDED.repeat(1, 2), None, r"up to 8 tokens.*\[2, 10\]\n.*source=10"),
         (PADDED.float(), None, "integers"),
@@ -338,6 +339,9 @@ def test_wrong_texts(translator: tuple[Any, GenerationEngine]) -> None:
     ):
         with pytest.raises(InputError, match=message):
             translator[1].stream(ids, mask)
+    monkeypatch.setitem(translator[1].encode._carried, "vocabulary", 28)
+    with pytest.raises(InputError, match="outside of the 28"):
+        translator[1].stream(PADDED)
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

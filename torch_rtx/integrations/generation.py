@@ -429,7 +429,8 @@ class GenerationEngine:
             hint = f"shorten the texts, or export with source={source.shape[1]} or more"
             said = f"the encoder reads up to {longest} tokens, integers [batch, length], not {list(source.shape)}"
             raise InputError(said, hint=hint)
-        mask = self._masked("attention_mask", source, mask, None)
+        known = getattr(encode, "vocabulary", None)  # which may be another one than that of the decoder
+        mask = self._masked("attention_mask", source, mask, None, known if type(known) is int else self._vocabulary)
         if not bool(mask.any(1).all()):
             raise InputError("a text for the encoder has no token that is not padding")
         return source.to(self.device, torch.int64), mask.to(self.device, torch.int64)
@@ -440,14 +441,14 @@ class GenerationEngine:
             hint = "export with another batch_size, which may be (smallest, largest)"
             raise InputError(f"there are {count} prompts, the engine is for {few} to {many}", hint=hint)
 
-    def _masked(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> Tensor:
+    def _masked(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None, vocabulary: int) -> Tensor:
         """The mask of texts, checked; the texts as well."""
         if mask is None:
             mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
         if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
             raise InputError(f"{name} must have zeros and ones, in the shape {list(ids.shape)} of the tokens")
-        if not bool(((ids >= 0) & (ids < self._vocabulary)).all()):
-            raise InputError(f"there are tokens outside of the {self._vocabulary} of the model")
+        if not bool(((ids >= 0) & (ids < vocabulary)).all()):
+            raise InputError(f"there are tokens outside of the {vocabulary} that the model knows")
         return mask
 
     def _prompts(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, Tensor]:
@@ -465,7 +466,8 @@ class GenerationEngine:
             hint = f"shorten the prompts, or export with max_cache_len={ids.shape[1]} or more"
             said = f"prompts of {ids.shape[1]} tokens, the engine takes {shortest} to {self.max_cache_len}"
             raise InputError(said, hint=hint if ids.shape[1] > shortest else None)
-        mask = self._masked("attention_mask" if self.encode is None else "decoder_attention_mask", ids, mask, pad)
+        named = "attention_mask" if self.encode is None else "decoder_attention_mask"
+        mask = self._masked(named, ids, mask, pad, self._vocabulary)
         if not bool(mask[:, -1].all()):
             hint = 'tokenizer.padding_side = "left"'
             raise InputError("the last token of a prompt is padding, which belongs before the prompt", hint=hint)
