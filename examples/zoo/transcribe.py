@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from struct import calcsize, unpack
 from typing import Any
@@ -25,7 +26,8 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from torch_rtx.integrations.transformers import export_generate
 
 HALF = torch.float16 if ON_GPU else torch.float32
-START, NO_TIMES = 50257, 50362  # tokens of the English models
+START, NO_TIMES = 50257, 50362  # tokens of the English models; behind these are timestamps
+STEP_S = 0.02  # from one timestamp to the next
 FLOAT16 = 4  # of CTranslate2
 REAL = {"d_model": 384, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536}
 REAL |= {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
@@ -95,6 +97,16 @@ def whisper(size: str) -> tuple[Any, Tokenizer | None]:
     return model.to(DEVICE, HALF).eval(), tokenizer
 
 
+def phrases(tokenizer: Tokenizer | None, tokens: list[int]) -> Iterator[str]:
+    """A line for each phrase of a text with timestamps: the seconds that it is from and to, and what is said."""
+    times = [(place, (token - NO_TIMES - 1) * STEP_S) for place, token in enumerate(tokens) if token > NO_TIMES]
+    for (begins, since), (ends, until) in pairwise(times):
+        said = tokens[begins + 1 : ends]
+        if said:
+            text = tokenizer.decode(said) if tokenizer else " ".join(map(str, said))
+            yield f"{since:5.2f} - {until:5.2f} {text.strip()}"
+
+
 def text_of(tokenizer: Tokenizer | None, token: Tensor) -> str:
     """A token `(1,)` as text, or its number where there is no tokenizer."""
     return tokenizer.decode(token.tolist()) if tokenizer else f"{int(token)} "
@@ -129,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = model.generation_config.eos_token_id if tokenizer else None
 
     expected, eager = timed(lambda: model.generate(features, **asked, eos_token_id=end), times=1)
+    model.generation_config.no_timestamps_token_id = NO_TIMES
     engine = export_generate(model, max_cache_len=start.shape[1] + most, source=features)
     engine.save(given.out / "whisper")
     found, compiled = timed(lambda: engine.generate(features, **asked, eos_token_id=end), given.patience)
@@ -136,14 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = found[:, start.shape[1] :]
     found = found[:, : found.shape[1] - int(found[0, -1] == end)]  # which transformers leaves out
     same_tokens(Scores(model, features), start, found, expected[:, -found.shape[1] :])
-    words = (text_of(tokenizer, token) for token in engine.stream(features, **asked, eos_token_id=end))
-    text = ""
-    for word in words:  # each as it comes
-        print(word, end="", flush=True)
-        text += word
+    for token in engine.stream(features, **asked, eos_token_id=end):  # each as it comes
+        print(text_of(tokenizer, token), end="", flush=True)
     print()
-    (given.out / "transcript.txt").write_text(text + "\n")
-    print(f"{given.out / 'transcript.txt'}: {text.strip()}")
+    asked |= {"decoder_input_ids": start[:, :1], "return_timestamps": True}
+    timed_text = engine.generate(features, **asked, eos_token_id=end)[0, 1:].tolist()
+    (given.out / "transcript.txt").write_text("\n".join(phrases(tokenizer, timed_text)) + "\n")
+    print(f"with times: {given.out / 'transcript.txt'}")
 
 
 if __name__ == "__main__":

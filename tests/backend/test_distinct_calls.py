@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from tests.helpers.ahead import Function
 from torch_rtx.backend import capture, distinct_calls
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -190,15 +191,35 @@ def test_writes_are_seen_where_eager_sees_them(own: list[bool]) -> None:
     assert {*own} == {True, False}
 
 
-def test_what_is_left_to_pytorch(own: list[bool]) -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = x.clone()
-            row = y[0]
-            y.add_(1)
-            return row * 2
+def read_after_a_write(x: Tensor) -> Tensor:
+    y = x.clone()
+    row = y[0]
+    y.add_(1)
+    return row * 2
 
+
+def read_after_a_write_through_a_list(x: Tensor) -> Tensor:
+    parts = x.clone().chunk(2)
+    joined = torch.cat(parts)
+    parts[0].add_(1)
+    return joined + torch.cat(parts)
+
+
+def of_another_shape(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.t_()
+    return y @ x
+
+
+@pytest.mark.parametrize("function", [read_after_a_write, of_another_shape])
+def test_what_is_left_to_pytorch(function: Any, own: list[bool]) -> None:
     x = torch.randn(2, 3)
-    program = capture.capture_export(Model().eval(), (x,))
+    program = capture.capture_export(Function(function).eval(), (x,))
     assert own == [False]
-    assert torch.equal(program.graph_module(x)[0], Model()(x))
+    assert torch.equal(program.graph_module(x)[0], function(x))
+
+
+def test_a_write_to_one_of_several_results(own: list[bool]) -> None:
+    x = torch.randn(2, 3)
+    program = capture.capture_export(Function(read_after_a_write_through_a_list).eval(), (x,))
+    assert torch.equal(program.graph_module(x)[0], read_after_a_write_through_a_list(x))

@@ -30,7 +30,14 @@ VOCABULARY, PLACES, SOURCE, START, END, PAD = 37, 16, 8, 2, 1, 0
 ENDS = {"decoder_start_token_id": START, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 3}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 BOTH = {**LAYERS, "vocab_size": VOCABULARY, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **ENDS}
-T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_heads": 4,
+}
 SOUNDS = {"max_source_positions": 20, "max_target_positions": 32, "tie_word_embeddings": False}
 KINDS: dict[str, dict[str, Any]] = {
     "Whisper": {**BOTH, **SOUNDS, "num_mel_bins": 8, "init_std": 0.5, "begin_suppress_tokens": None},
@@ -186,6 +193,9 @@ def test_what_a_text_must_begin_and_end_with(
             wanted = expected(model, PADDED, begin, max_new_tokens=tokens, **rules)
             given = None if begin is None else begin.expand(2, -1)
             found = engine.generate(PADDED, decoder_input_ids=given, max_new_tokens=tokens)
+            changed = {**rules, "forced_bos_token_id": 7, "bad_words_ids": [[END]]}
+            other = engine.generate(PADDED, decoder_input_ids=given, max_new_tokens=tokens, **changed)
+            assert torch.equal(other, expected(model, PADDED, begin, max_new_tokens=tokens, **changed))
             assert torch.equal(found, wanted)
             assert (wanted[0, 1], wanted[0, -1]) == (5, END)
     drawn = engine.generate(PADDED, max_new_tokens=4, do_sample=True)
@@ -306,6 +316,9 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (sounds(2), {"decoder_input_ids": TWICE + 30}, "outside of the 37"),
     (sounds(2), {"suppress_tokens": [37]}, r"suppress_tokens is \[37\].*below 37"),
     (sounds(2), {"min_new_tokens": -1}, "min_new_tokens is -1"),
+    (sounds(2), {"eos_token_id": 1.5}, r"eos_token_id is 1.5.*below 37"),
+    (sounds(2), {"pad_token_id": [1]}, r"pad_token_id is \[1\]"),
+    (sounds(2), {"bad_words_ids": [[3, 4]]}, r"bad_words_ids is \[\[3, 4\]\]"),
     (sounds(2), {"max_new_tokens": 14}, "the cache has room for 13"),
 ]
 
@@ -316,7 +329,8 @@ def test_wrong_arguments(writer: GenerationEngine, source: Tensor, options: dict
         writer.stream(source, **{"decoder_input_ids": TWICE, **options})
 
 
-def test_wrong_texts(translator: tuple[Any, GenerationEngine]) -> None:
+def test_wrong_texts(translator: tuple[Any, GenerationEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert translator[1].encode.vocabulary == VOCABULARY
     for ids, mask, message in (
         (PADDED.repeat(1, 2), None, r"up to 8 tokens.*\[2, 10\]\n.*source=10"),
         (PADDED.float(), None, "integers"),
@@ -325,6 +339,9 @@ def test_wrong_texts(translator: tuple[Any, GenerationEngine]) -> None:
     ):
         with pytest.raises(InputError, match=message):
             translator[1].stream(ids, mask)
+    monkeypatch.setitem(translator[1].encode._carried, "vocabulary", 28)
+    with pytest.raises(InputError, match="outside of the 28"):
+        translator[1].stream(PADDED)
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

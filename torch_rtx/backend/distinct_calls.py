@@ -224,9 +224,11 @@ class _Copy:
 
     def _traced(self, node: fx.Node, values: Sequence[Any], spec: pytree.TreeSpec, given: Sequence[fx.Node]) -> _Parts:
         last = next(reversed(self.graph.nodes), None)
+        known = {one: one.meta["val"] for one in given}
         with _disable_current_modes():
-            # Copies of a call share the object that is their type, and PyTorch tells tensors apart by their objects.
-            known = {one: one.meta["val"].detach() for one in given}
+            if len({*map(id, known.values())}) < len(known):
+                # What a call became shares its types with its copies, and PyTorch tells tensors apart by their objects.
+                known = {one: value.detach() for one, value in known.items()}
             for one, tensor in known.items():
                 track_tensor_tree(tensor, self.tracer.proxy(one), constant=None, tracer=self.tracer)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
@@ -236,6 +238,8 @@ class _Copy:
             leaves, structure = pytree.tree_flatten(node.target(*args, **kwargs))  # type: ignore[operator]
             written = [index for index, one in enumerate(given) if has_data_mutation(wrapped[one])]
             found = [from_fun(leaf) for leaf in (*leaves, *(wrapped[given[index]] for index in written))]
+            if any(_type(wrapped[one])[:4] != self._type(one)[:4] for one in given):
+                raise Unsupported(f"{node.target} gives a tensor another shape")
         made = [*takewhile(lambda one: one is not last, reversed(self.graph.nodes))][::-1]
         calls = [one for one in made if not isinstance(one.meta.get("val"), SYMBOLIC)]
         for one in calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -111,13 +111,13 @@ class End:
         return tokens
 
 
-def tokens_of(name: str, given: int | Sequence[int] | None, vocabulary: int) -> tuple[int, ...]:
+def tokens_of(name: str, given: int | Iterable[int] | None, vocabulary: int) -> tuple[int, ...]:
     """An option that names tokens, checked.
 
     Raises:
         InputError: there is no such token.
     """
-    tokens = (given,) if isinstance(given, int) else tuple(given or ())
+    tokens = tuple(given or ()) if given is None or isinstance(given, Iterable) else (given,)
     if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
         raise InputError(f"{name} is {given!r}, which must be numbers of tokens, below {vocabulary}")
     return tokens

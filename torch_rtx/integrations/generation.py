@@ -31,8 +31,7 @@ PROGRAMS = ("prefill", "decode", "sample")
 FURTHER = ("encode", "timestamps")  # those of models with an encoder, and of models whose texts may have timestamps
 CACHE = "cache_"  # what the names of its tensors begin with
 WIDE = {"token", "position", "mask", "seen", "uniforms"}  # inputs with a row for each sequence
-# What an engine knows of its model's generation configuration. All but `pad_token_id` are options of `stream` as well,
-# or follow from those.
+# What an engine knows of its model's generation configuration: the defaults of these options.
 KNOWN = (
     *("eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "return_timestamps"),
@@ -40,7 +39,6 @@ KNOWN = (
 )
 AHEAD = 2  # steps that are queued on a GPU while the host waits for a token
 MASKS = 8  # of tokens that may not be chosen, kept for further texts
-_DEFAULT: Any = object()
 
 
 @dataclass(frozen=True)
@@ -295,16 +293,18 @@ class GenerationEngine:
                 reads: texts `[batch, length]`, padded anywhere, or features in the sizes of the exported example.
             attention_mask: 0 at padding and 1 elsewhere, of the same shape. None: in prompts `pad_token_id` is padding,
                 unless it also ends sequences; in texts for an encoder nothing is. Features have no padding.
-            decoder_input_ids: the prompts of a decoder, integers `[batch, length]`. None: its first token alone, where
-                the model's own `generate` begins with that as well.
+            decoder_input_ids: the prompts of a decoder, integers `[batch, length]`. None: `decoder_start_token_id`, by
+                default the model's, if its own `generate` begins with that as well.
             decoder_attention_mask: for padding on the left of these; None: nothing is.
             max_new_tokens: the most tokens for each prompt; None: as many as the cache holds.
-            min_new_tokens: the fewest, by default the model's.
+            min_new_tokens, min_length: the fewest, without the prompt and with it, by default the model's.
             eos_token_id: tokens that end a sequence, by default the model's; None: none does. The iteration ends when
                 every sequence has.
             pad_token_id: what follows a sequence that has ended, by default the model's, or the first `eos_token_id`.
-            suppress_tokens, begin_suppress_tokens: tokens that no text has, and that none begins with, by default the
-                model's; None: there are none.
+            suppress_tokens, begin_suppress_tokens, bad_words_ids: tokens that no text has, and that none begins with;
+                tokens that no text has, as lists of one. By default the model's; None: there are none.
+            forced_bos_token_id, forced_eos_token_id: the first new token after a prompt of one, such as a language to
+                translate to, and the last of `max_new_tokens`, by default the model's; None: they are chosen.
             return_timestamps: texts have timestamps, by default where the model's configuration says so. That is one
                 pass over what the encoder reads: transformers' own method goes on from the last timestamp.
             generator: where random numbers come from, by default PyTorch's own on the CPU. Equal numbers give equal
@@ -325,32 +325,30 @@ class GenerationEngine:
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
-        min_new_tokens: int | None = _DEFAULT,
-        eos_token_id: int | Sequence[int] | None = _DEFAULT,
-        pad_token_id: int | None = _DEFAULT,
-        suppress_tokens: Sequence[int] | None = _DEFAULT,
-        begin_suppress_tokens: Sequence[int] | None = _DEFAULT,
-        return_timestamps: bool | None = _DEFAULT,
         generator: torch.Generator | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> tuple[Prompt, Iterator[Tensor]]:
         """The prompts and the tokens, see `stream`."""
-        ends = self._tokens_of("eos_token_id", eos_token_id)
-        pad = getattr(self.decode, "pad_token_id", None) if pad_token_id is _DEFAULT else pad_token_id
+        known = {name: options.pop(name, getattr(self.decode, name, None)) for name in KNOWN}
+        pad, ends = known["pad_token_id"], self._tokens_of("eos_token_id", known)
+        if pad is not None and type(pad) is not int:
+            raise InputError(f"pad_token_id is {pad!r}, not the number of a token")
         if self.encode is None:
             if decoder_input_ids is not None or decoder_attention_mask is not None:
                 raise InputError("this engine has no encoder, and so no decoder_input_ids")
             prompt = Prompt(*self._prompts("input_ids", inputs, mask, None if pad in ends else pad))
         else:
             read = self._read(self.encode, inputs, mask)
-            ids = self._start(len(inputs)) if decoder_input_ids is None else decoder_input_ids
+            start = known["decoder_start_token_id"]
+            ids = self._start(start, len(inputs)) if decoder_input_ids is None else decoder_input_ids
             if len(ids) != len(inputs):
                 raise InputError(f"there are {len(ids)} decoder_input_ids for {len(inputs)} sources")
             prompt = Prompt(*self._prompts("decoder_input_ids", ids, decoder_attention_mask, None), read)
         count = self._count(prompt.ids.shape[1], max_new_tokens)
-        choice = Sampling(**sampling)
-        timed = self._timed(return_timestamps, choice)
-        rules = self._rules(prompt.ids.shape[1], ends, min_new_tokens, suppress_tokens, begin_suppress_tokens, timed)
+        choice = Sampling(**options)
+        rules = self._rules(prompt.ids.shape[1], ends, known)
+        if rules.timestamps and choice.repetition_penalty != 1:
+            raise InputError("a repetition_penalty, which is not applied where texts have timestamps")
         uniforms = None
         if choice.do_sample:
             place = "cpu" if generator is None else generator.device
@@ -358,42 +356,31 @@ class GenerationEngine:
         end = End(len(prompt.ids), count, pad if pad is not None else next(iter(ends), 0), rules)
         return prompt, self._tokens(prompt, count, choice, uniforms, rules, end)
 
-    def _tokens_of(self, name: str, given: Any) -> tuple[int, ...]:
-        """An option that names tokens, by default the model's."""
-        return tokens_of(name, getattr(self.decode, name, None) if given is _DEFAULT else given, self._vocabulary)
+    def _tokens_of(self, name: str, known: Mapping[str, Any]) -> tuple[int, ...]:
+        """An option that names tokens."""
+        return tokens_of(name, known[name], self._vocabulary)
 
-    def _timed(self, given: bool | None, choice: Sampling) -> bool:
-        """Whether texts have timestamps."""
-        timed = bool(getattr(self.decode, "return_timestamps", None) if given is _DEFAULT else given)
-        if timed and self.timestamps is None:
+    def _rules(self, length: int, ends: tuple[int, ...], known: Mapping[str, Any]) -> Rules:
+        """Those for prompts of this length; `known` are options by name."""
+        least, whole = (0 if known[name] is None else known[name] for name in ("min_new_tokens", "min_length"))
+        if type(least) is not int or type(whole) is not int or min(least, whole) < 0:
+            raise InputError(f"min_new_tokens is {least!r} and min_length {whole!r}, which must be numbers of tokens")
+        if known["return_timestamps"] and self.timestamps is None:
             hint = "export with model.generation_config.no_timestamps_token_id, the token before the first timestamp"
             raise InputError("return_timestamps, and the engine knows no timestamps", hint=hint)
-        if timed and choice.repetition_penalty != 1:
-            raise InputError("a repetition_penalty, which is not applied where texts have timestamps")
-        return timed
-
-    def _rules(
-        self, length: int, ends: tuple[int, ...], least: Any, suppress: Any, begin_suppress: Any, timed: bool
-    ) -> Rules:
-        """Those for prompts of this length."""
-        if least is _DEFAULT:
-            known = [getattr(self.decode, name, None) for name in ("min_new_tokens", "min_length")]
-            new, whole = [value if type(value) is int else 0 for value in known]
-            least = max(new, whole - length)
-        if least is not None and (type(least) is not int or least < 0):
-            raise InputError(f"min_new_tokens is {least!r}, not a number of tokens")
-        words = getattr(self.decode, "bad_words_ids", None)  # each of one token
-        bad = words if isinstance(words, list) else []
-        forced = self._tokens_of("forced_bos_token_id", _DEFAULT if length == 1 else None)
-        last = self._tokens_of("forced_eos_token_id", _DEFAULT)
+        words = known["bad_words_ids"] or []
+        if not all(isinstance(word, list) and len(word) == 1 for word in words):
+            raise InputError(f"bad_words_ids is {words!r}, which must be lists of one token each")
+        bad = [token for (token,) in words if token not in ends]
+        forced = self._tokens_of("forced_bos_token_id", known) if length == 1 else ()
         return Rules(
-            ends,
-            self._tokens_of("suppress_tokens", suppress) + tokens_of("bad_words_ids", sum(bad, []), self._vocabulary),
-            self._tokens_of("begin_suppress_tokens", begin_suppress),
-            least or 0,
-            next(iter(forced), None),
-            min(last, default=None),
-            timed,
+            ends=ends,
+            suppress=self._tokens_of("suppress_tokens", known) + tokens_of("bad_words_ids", bad, self._vocabulary),
+            begin_suppress=self._tokens_of("begin_suppress_tokens", known),
+            least=max(least, whole - length),
+            forced_first=next(iter(forced), None),
+            forced_last=min(self._tokens_of("forced_eos_token_id", known), default=None),
+            timestamps=bool(known["return_timestamps"]),
         )
 
     def _count(self, length: int, count: int | None) -> int:
@@ -408,9 +395,8 @@ class GenerationEngine:
             raise InputError(said, hint=hint)
         return count
 
-    def _start(self, batch: int) -> Tensor:
+    def _start(self, token: int | None, batch: int) -> Tensor:
         """What a decoder begins with."""
-        token = getattr(self.decode, "decoder_start_token_id", None)
         if type(token) is not int:
             hint = "for Whisper: the tokens of start, language, task and, for a text without them, no timestamps"
             raise InputError("decoder_input_ids are missing: this model has more than one way to begin", hint=hint)
@@ -443,7 +429,8 @@ class GenerationEngine:
             hint = f"shorten the texts, or export with source={source.shape[1]} or more"
             said = f"the encoder reads up to {longest} tokens, integers [batch, length], not {list(source.shape)}"
             raise InputError(said, hint=hint)
-        mask = self._masked("attention_mask", source, mask, None)
+        known = getattr(encode, "vocabulary", None)  # which may be another one than that of the decoder
+        mask = self._masked("attention_mask", source, mask, None, known if type(known) is int else self._vocabulary)
         if not bool(mask.any(1).all()):
             raise InputError("a text for the encoder has no token that is not padding")
         return source.to(self.device, torch.int64), mask.to(self.device, torch.int64)
@@ -454,14 +441,14 @@ class GenerationEngine:
             hint = "export with another batch_size, which may be (smallest, largest)"
             raise InputError(f"there are {count} prompts, the engine is for {few} to {many}", hint=hint)
 
-    def _masked(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> Tensor:
+    def _masked(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None, vocabulary: int) -> Tensor:
         """The mask of texts, checked; the texts as well."""
         if mask is None:
             mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
         if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
             raise InputError(f"{name} must have zeros and ones, in the shape {list(ids.shape)} of the tokens")
-        if not bool(((ids >= 0) & (ids < self._vocabulary)).all()):
-            raise InputError(f"there are tokens outside of the {self._vocabulary} of the model")
+        if not bool(((ids >= 0) & (ids < vocabulary)).all()):
+            raise InputError(f"there are tokens outside of the {vocabulary} that the model knows")
         return mask
 
     def _prompts(self, name: str, ids: Tensor, mask: Tensor | None, pad: int | None) -> tuple[Tensor, Tensor]:
@@ -479,7 +466,8 @@ class GenerationEngine:
             hint = f"shorten the prompts, or export with max_cache_len={ids.shape[1]} or more"
             said = f"prompts of {ids.shape[1]} tokens, the engine takes {shortest} to {self.max_cache_len}"
             raise InputError(said, hint=hint if ids.shape[1] > shortest else None)
-        mask = self._masked("attention_mask" if self.encode is None else "decoder_attention_mask", ids, mask, pad)
+        named = "attention_mask" if self.encode is None else "decoder_attention_mask"
+        mask = self._masked(named, ids, mask, pad, self._vocabulary)
         if not bool(mask[:, -1].all()):
             hint = 'tokenizer.padding_side = "left"'
             raise InputError("the last token of a prompt is padding, which belongs before the prompt", hint=hint)

@@ -449,7 +449,17 @@ class _Program(nn.Module):
 
 
 class Encode(_Program):
-    """Reads what a model with an encoder writes about: texts `[batch, length]` or features, such as those of sounds."""
+    """Reads what a model with an encoder writes about: texts `[batch, length]` or features, such as those of sounds.
+
+    Attributes:
+        vocabulary: tokens that there are for the encoder; None: it reads none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.vocabulary = None
+        if model.main_input_name == "input_ids":
+            self.vocabulary = model.get_encoder().get_input_embeddings().weight.shape[0]
 
     def forward(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """What the decoder looks at, `[batch, heard, width]`; `source_mask` has zeros at padding of texts."""

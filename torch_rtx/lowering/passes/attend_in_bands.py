@@ -2,7 +2,7 @@
 two numbers. The kernel skips blocks of keys outside of the band, and no mask is left but what else hides keys.
 
 Masks are formulas of positions, for any sizes, or are evaluated. Bands of more than half of the keys stay masks, since
-libraries may be faster there, and so do those of few queries, whose keys are split.
+libraries may be faster there, and so do those in float32, where they are, and of few queries, whose keys are split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_rtx.dtypes import HALVES
 from torch_rtx.ir import Dim, Graph, Node, Value
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
@@ -79,9 +80,11 @@ def attend_in_bands(graph: Graph, infer: Inference) -> Graph:
         band = band_of(node) if node.op in (SDPA, ATTENTION) else None
         if band is None:
             return False
-        query = type_of(argument(node, "query"))
-        width = query.shape[-1]
-        if query.dtype not in DTYPES or not isinstance(width, int) or not 0 < width <= MAX_WIDTH:
+        query, value = (type_of(argument(node, name)) for name in ("query", "value"))
+        width, wide = query.shape[-1], value.shape[-1]
+        if not isinstance(width, int) or not isinstance(wide, int) or not 0 < width <= MAX_WIDTH or wide > MAX_WIDTH:
+            return False
+        if query.dtype not in (HALVES if node.op == SDPA else DTYPES):
             return False
         given = {name: attr for name, attr in node.args if name in KEPT and attr is not None}
         given = {"scale": 1 / math.sqrt(width), **given, **band.mask(node, rewriter), "band": (band.first, band.last)}
