@@ -2,8 +2,8 @@
 
 PyTorch traces a program twice more to decompose it and to make it functional, which takes most of the time of a
 capture, although the layers of a model make the same calls. Here a call is traced by itself, with the same tables and
-modes, and what it became is copied wherever it is made again with tensors of the same types. A call that writes to a
-tensor changes what later nodes read under its name.
+modes, and what it became is copied wherever it is made again with tensors of the same types. Calls that PyTorch does
+not take apart need no trace. A call that writes to a tensor changes what later nodes read under its name.
 
 A program is left to PyTorch where that is not enough: if a tensor is written of which another view is still read, if
 sizes are only known at run time, and for operators of a higher order, tensor subclasses and objects.
@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from operator import getitem
 from typing import Any
@@ -64,6 +65,9 @@ LITERALS = (bool, int, float, complex, str, type(None), torch.dtype, torch.devic
 # Of types, devices and ranges that a capture fixes anyway.
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 WRITTEN = {InputKind.BUFFER: OutputKind.BUFFER_MUTATION, InputKind.USER_INPUT: OutputKind.USER_INPUT_MUTATION}
+RENAMED = {
+    getattr(torch.ops.aten, name).default for name in ("lift", "lift_fresh", "lift_fresh_copy", "detach", "alias")
+}
 OF_ITS_PLACE = ("val", "tensor_meta", "unbacked_bindings", "from_node")  # in the meta of a node, not of what it becomes
 
 
@@ -120,6 +124,7 @@ class _Copy:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.sharing: dict[StorageWeakRef, list[fx.Node]] = {}
         self.tracer: Any = None
+        self.table: Table = {}
 
     def program(self, table: Table, with_triton: bool) -> ExportedProgram:
         """The copy; arguments as in `decomposed`.
@@ -127,7 +132,7 @@ class _Copy:
         Raises:
             Unsupported: see the module.
         """
-        signature = self.source.graph_signature
+        self.table, signature = table, self.source.graph_signature
         kinds = {spec.kind for spec in (*signature.input_specs, *signature.output_specs)}
         if kinds - {*WRITTEN, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR, OutputKind.USER_OUTPUT}:
             raise Unsupported(f"an input or output is of the kinds {kinds}")
@@ -203,6 +208,9 @@ class _Copy:
     def _call(self, node: fx.Node) -> None:
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         values = list(map(self._of, leaves))
+        if _is_plain(node.target) and node.target not in self.table and self._has_its_types(node, leaves, values):
+            self.now[node] = self._made(node, self._of, node)
+            return
         tensors = (value for value in values if isinstance(value, fx.Node) and self._type(value) is not None)
         given = list(dict.fromkeys(tensors))
         places = {value: index for index, value in enumerate(given)}
@@ -221,6 +229,11 @@ class _Copy:
         for index, content in zip(parts.written, results[count:], strict=True):
             self._write(node, given[index], content)
         self.now[node] = pytree.tree_unflatten(results[:count], parts.spec)
+
+    def _has_its_types(self, node: fx.Node, leaves: Sequence[Any], values: Sequence[Any]) -> bool:
+        """A call of these values gives what the program says."""
+        pairs = ((leaf, value) for leaf, value in zip(leaves, values, strict=True) if isinstance(value, fx.Node))
+        return isinstance(node.meta["val"], FakeTensor) and all(self._type(a) == self._type(b) for a, b in pairs)
 
     def _traced(self, node: fx.Node, values: Sequence[Any], spec: pytree.TreeSpec, given: Sequence[fx.Node]) -> _Parts:
         last = next(reversed(self.graph.nodes), None)
@@ -340,6 +353,14 @@ def _decomposing(mode: FakeTensorMode, with_triton: bool) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(enable_python_dispatcher())
         yield
+
+
+@cache
+def _is_plain(op: Any) -> bool:
+    """PyTorch does not take a call of `op` apart, and records it as it is, with a result of the same type."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    known = all(key is torch._C.DispatchKey.Meta for key in op.py_kernels)
+    return op.namespace == "aten" and known and not composite and not op._schema.is_mutable and op not in RENAMED
 
 
 def _is_late(value: Any) -> bool:

@@ -164,6 +164,8 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
     """The tensors that a call may write to."""
     given: Any = (args, kwargs)
     if isinstance(func, torch._ops.OpOverload):
+        if not func._schema.is_mutable:
+            return []
         pairs = [*zip(func._schema.arguments, args, strict=False)]
         pairs += [(one, kwargs[one.name]) for one in func._schema.arguments if one.name in kwargs]
         given = [value for one, value in pairs if one.alias_info is not None and one.alias_info.is_write]
