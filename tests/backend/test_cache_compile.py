@@ -160,13 +160,13 @@ def test_the_export_of_another_thread_changes_no_key(monkeypatch: pytest.MonkeyP
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
             exporting.set()
             time.sleep(0.1)
-        return decompose(*args, **kwargs)
+        return decomposed(*args, **kwargs)
 
-    decompose = capture._decompose_exported_program
-    monkeypatch.setattr(capture, "_decompose_exported_program", waiting)
+    decomposed = capture.decomposed
+    monkeypatch.setattr(capture, "decomposed", waiting)
     thread = threading.Thread(target=torch_rtx.compile, args=(model,))
     thread.start()
-    exporting.wait()
+    assert exporting.wait(60)
     assert fx_hash.torch_state() == before
     thread.join()
 

@@ -57,12 +57,12 @@ class Compilations:
 
     Args:
         workers: number of threads; None: one per core.
-        lower: compiles a job, see `toolchain.lower`.
+        elsewhere: compiles a job as `toolchain.lower` does; None: that does.
     """
 
-    def __init__(self, workers: int | None = None, lower: Callable[[Job], Code] = lower) -> None:
+    def __init__(self, workers: int | None = None, elsewhere: Callable[[Job], Code] | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers or len(cores()), "torch_rtx build")
-        self._lower = lower
+        self._lower = elsewhere or lower
         self._futures: dict[Job, Future[Code]] = {}
         self._targets: dict[Kernel, list[Target]] = {}
 

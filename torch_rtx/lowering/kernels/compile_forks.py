@@ -30,6 +30,7 @@ class Forks:
     """
 
     def __init__(self, count: int, inherited: Sequence[int], ended: Callable[[], NoReturn]) -> None:
+        assert hasattr(os, "fork")
         self._ended = ended
         self._free: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
         ours: list[Connection[Any, Any]] = []
