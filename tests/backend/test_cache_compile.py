@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.helpers.caching import Traffic
 from tests.helpers.compiled import Recorder, check, compile_rtx, same
 from tests.paths import ROOT
 from torch_rtx import CompilationSettings, SettingsError
-from torch_rtx.backend import capture, entry, fx_hash, program_cache
+from torch_rtx.backend import build, capture, entry, fx_hash, program_cache
 from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.errors import PartitionError
 
@@ -150,6 +151,28 @@ def test_threads_build_once(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -
         thread.join()
     assert len(built) == 1
     assert traffic.counts == (3, 1)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_threads_compile_one_program_one_after_another(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While PyTorch infers a type for one of them, all tensors of the program are on the device `meta`."""
+    models = [torch.export.export(nn.ReLU(), (X,)) for _ in range(2)]
+    built, there = build._built, threading.Barrier(2)
+    met: list[bool] = []
+
+    def waiting(*args: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            there.wait(0.3 if same else 60)
+            met.append(True)
+        return built(*args)
+
+    monkeypatch.setattr(build, "_built", waiting)
+    threads = [threading.Thread(target=torch_rtx.compile, args=(models[0 if same else i],)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == ([] if same else [True, True])
 
 
 def test_the_export_of_another_thread_changes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

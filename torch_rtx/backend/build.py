@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
 from torch_rtx import platforms
-from torch_rtx.backend.capture import state_of
+from torch_rtx.backend.capture import alone_with, state_of
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program, device_of
 from torch_rtx.backend.inputs import DeclaredInputs, declare, forward_names, user_inputs
@@ -83,8 +83,9 @@ def compile(
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
     given = named_groups(groups)
-    captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
-    return _built(captured, settings, runtime, given)
+    with alone_with(model):
+        captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
+        return _built(captured, settings, runtime, given)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ other ones and nothing else, so that the importer sees one op set for every fron
 import contextlib
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -56,6 +58,9 @@ from torch_rtx.runtime.subclasses import inner, rebuilt
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
 GraphCompiler = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+_GUARD = threading.Lock()
+_ALONE = WeakKeyDictionary[FakeTensorMode, threading.RLock]()
 
 # CompositeImplicit operators that have a kernel or a library call. Only pattern matching could recover them from their
 # decompositions, and some (attention, LSTM) decompose differently on CPU, on fake CUDA and on a real GPU.
@@ -405,6 +410,22 @@ def _mending(constants: dict[str, Any]) -> Iterator[None]:
             yield
         finally:
             kind.right_inverse, kind.forward, passes.lift_constants_pass = before
+
+
+@contextlib.contextmanager
+def alone_with(model: object) -> Iterator[None]:
+    """Let no other thread capture or lower the exported program `model`: while PyTorch infers the type of a call, all
+    tensors of the program's FakeTensorMode say that they are on the device `meta`."""
+    nodes = model.graph.nodes if isinstance(model, torch.export.ExportedProgram) else ()
+    fakes = (value for node in nodes if isinstance(value := node.meta.get("val"), FakeTensor))
+    fake = next(fakes, None)
+    if fake is None:
+        yield
+        return
+    with _GUARD:
+        lock = _ALONE.setdefault(fake.fake_mode, threading.RLock())
+    with lock:
+        yield
 
 
 def _on_device(program: torch.export.ExportedProgram, device: torch.device | None) -> torch.export.ExportedProgram:

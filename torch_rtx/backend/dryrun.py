@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torch_rtx.backend.build import capture_model, chosen_settings, positional
+from torch_rtx.backend.capture import alone_with
 from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.explain import Explanation, report
 from torch_rtx.lowering.symbols import Symbols
@@ -41,7 +42,8 @@ def dryrun(
     settings, _ = chosen_settings(settings, None, options)
     settings = replace(settings, require_full_compilation=False)
     check_settings(settings)
-    captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
-    gm = captured.program.graph_module
-    symbols = Symbols(device_of(gm), *captured.sizes)
-    return Explanation((report(gm, settings, roles=captured.roles, symbols=symbols, writes=captured.writes),))
+    with alone_with(model):
+        captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
+        gm = captured.program.graph_module
+        symbols = Symbols(device_of(gm), *captured.sizes)
+        return Explanation((report(gm, settings, roles=captured.roles, symbols=symbols, writes=captured.writes),))

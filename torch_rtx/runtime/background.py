@@ -211,7 +211,7 @@ class Background:
         while (entry := jobs.get()).job is not None:
             ran = False
             try:
-                with _switching():
+                with _SWITCHING:
                     ran = not self.stopping and attempt(entry.job)
             except BaseException as error:  # this thread has no caller to pass it on to
                 log.warning("specialization was ended by %r", error)
@@ -271,18 +271,28 @@ class Background:
             self._thread.join(STOP_TIMEOUT_S)
 
 
-@contextmanager
-def _switching() -> Iterator[None]:
-    """Shorten the interpreter's switch interval while a job runs. The program's threads release the lock in every call
-    of PyTorch, and would wait 5 ms to get it back, many times the duration of a call."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_S))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+class _Switching:
+    """Shortens the interpreter's switch interval while jobs run, of any `Background`. The program's threads release the
+    lock in every call of PyTorch, and would wait 5 ms to get it back, many times the duration of a call."""
+
+    def __init__(self) -> None:
+        self._lock, self._jobs, self._before = threading.Lock(), 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._jobs += 1
+            if self._jobs == 1:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, SWITCH_S))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._jobs -= 1
+            if self._jobs == 0:
+                sys.setswitchinterval(self._before)
 
 
+_SWITCHING = _Switching()
 BACKGROUND = Background()
 
 
