@@ -61,7 +61,7 @@ class CompileClient:
         wanted = _with_foreign(bodies, sm, chip)
         if bodies and not wanted:
             return {}
-        with self._lock, self._request("build", (wanted, sm, artefacts, chip, float32)) as process:
+        with self._request("build", (wanted, sm, artefacts, chip, float32)) as process:
             assert process.stdout is not None
             answer: dict[str, Candidate] | str = pickle.load(process.stdout)
         if isinstance(answer, str):
@@ -76,37 +76,34 @@ class CompileClient:
         float32: Float32 = EXACT,
     ) -> None:
         """Send a request to `compile_worker.begin`. What hinders it hinders the build that follows, which tells."""
-        with (
-            suppress(KernelError),
-            self._lock,
-            self._request("begin", (_with_foreign(bodies, sm, chip), sm, chip, float32)),
-        ):
+        with suppress(KernelError), self._request("begin", (_with_foreign(bodies, sm, chip), sm, chip, float32)):
             pass
 
     @contextmanager
     def _request(self, wanted: str, request: tuple[Any, ...]) -> Iterator[subprocess.Popen[bytes]]:
-        """Send a request; the block, in which `_lock` is held, reads the answer."""
+        """Send a request; the block reads the answer. Other threads wait meanwhile."""
         timer: threading.Timer | None = None
-        try:
-            process = self._running()
-            timer = threading.Timer(TIMEOUT_S, _kill, [process])
-            timer.daemon = True
-            timer.start()
-            assert process.stdin is not None
-            pickle.dump((wanted, request), process.stdin)
-            process.stdin.flush()
-            yield process
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            self.close()
-            late = timer is not None and not timer.is_alive()
-            why = f"took more than {TIMEOUT_S:g} s" if late else f"ended: {type(error).__name__} {error}"
-            raise KernelError(f"the process that compiles kernels {why}") from None
-        except BaseException:  # Ctrl-C: the next request would read this one's answer
-            self.close()
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
+        with self._lock:
+            try:
+                process = self._running()
+                timer = threading.Timer(TIMEOUT_S, _kill, [process])
+                timer.daemon = True
+                timer.start()
+                assert process.stdin is not None
+                pickle.dump((wanted, request), process.stdin)
+                process.stdin.flush()
+                yield process
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
+                self.close()
+                late = timer is not None and not timer.is_alive()
+                why = f"took more than {TIMEOUT_S:g} s" if late else f"ended: {type(error).__name__} {error}"
+                raise KernelError(f"the process that compiles kernels {why}") from None
+            except BaseException:  # Ctrl-C: the next request would read this one's answer
+                self.close()
+                raise
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

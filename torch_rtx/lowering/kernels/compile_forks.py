@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch_rtx.lowering.kernels.toolchain import KEPT, Code, Job, lower
 
 THREADS = 4  # so many are as fast as processes
-MOST = 16  # forks: each takes some 100 MB while it compiles
+MOST = 16  # forks: each takes some 30 MB of its own
 
 
 class Forks:

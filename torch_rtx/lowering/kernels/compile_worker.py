@@ -32,7 +32,7 @@ from torch_rtx.targets import EXACT, Arch, Float32, Target, arch_of
 
 NICENESS = 10  # the running program has priority
 AHEAD, BEGUN = 2, KEPT // 4  # ranks, and kernels at most, that compile while the program measures
-BUILD, BEGIN = "build", "begin"  # what a request asks for
+BEGIN = "begin"  # what a request asks for, else "build"
 Bodies = Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]]
 
 
