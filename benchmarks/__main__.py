@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; what has a row in --out already is skipped")
     run.add_argument("--suite", type=_names, default=("latency",), help="comma-separated, see `list`")
+    run.add_argument(
+        "--per-gpu", type=int, help="cases at a time on each visible GPU; they take turns at measuring; default: one"
+    )
     _measured(run, Path("results.json"), 150, "auto")
     swept = commands.add_parser("sweep", help="measure models from outside, and print a summary; resumes like `run`")
     swept.add_argument("--counts", action="store_true", help="fallbacks, calls and copies in engines; needs no GPU")
@@ -52,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     piped.add_argument("--cold", action="store_true", help="without a second process, which finds full caches")
     piped.set_defaults(suite=("pipelines",))
     _measured(piped, Path("pipelines.json"), 120, "auto")
-    for command in (swept, piped):
+    for command in (run, swept, piped):
         command.add_argument(
             "--settle", type=float, default=math.inf, help="seconds that a peer has to reach its full speed"
         )
@@ -100,8 +103,9 @@ def _run(options: argparse.Namespace) -> int:
         settle_s=getattr(options, "settle", math.inf),
     )
     if options.command == "sweep":
-        plan = replace(plan, per_gpu=options.per_gpu, model_limit_s=options.model_limit)
-        return sweep.main(plan, options.counts)
+        return sweep.main(replace(plan, model_limit_s=options.model_limit), options.counts, options.per_gpu)
+    if getattr(options, "per_gpu", None):
+        plan = sweep.spread(plan, options.per_gpu)
     status = runner.main(plan, sys.stderr)
     if options.command == "pipelines":
         found = results.load(plan.out) if plan.out.exists() else results.Results()

@@ -24,7 +24,13 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]
     return tuple(str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU")))
 
 
-def main(plan: runner.Plan, counts: bool) -> int:
+def spread(plan: runner.Plan, per_gpu: int) -> runner.Plan:
+    """`plan` on all visible GPUs, with so many cases at a time on each."""
+    preload = ("benchmarks.preload",) if hasattr(os, "fork") else ()
+    return replace(plan, gpus=visible_gpus(), per_gpu=per_gpu, preload=preload)
+
+
+def main(plan: runner.Plan, counts: bool, per_gpu: int) -> int:
     """Measure, or with `counts` only look at what is built, and print the summary; the exit status, see `runner.main`.
 
     Args:
@@ -34,8 +40,7 @@ def main(plan: runner.Plan, counts: bool) -> int:
         # For a GPU that need not be there; few layers have the same kinds of graphs as many.
         plan = replace(plan, suites=("counts",), device="cuda", size="small", gpus=())
     else:
-        preload = ("benchmarks.preload",) if hasattr(os, "fork") else ()
-        plan = replace(plan, suites=("sweep",), gpus=visible_gpus(), preload=preload)
+        plan = spread(replace(plan, suites=("sweep",)), per_gpu)
     status = runner.main(plan, sys.stderr)
     (suite,) = plan.suites
     for section in report.sections(results.load(plan.out) if plan.out.exists() else results.Results()):

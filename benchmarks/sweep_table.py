@@ -7,7 +7,7 @@ of many equal layers or experts, which keep the width and have fewer of them. Ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -61,8 +61,8 @@ def _ids(below: int, *shape: int) -> Tensor:
     return Tensor(shape, below)
 
 
-def _timm(kind: str, side: int = 224, batch: int = 8) -> Entry:
-    return Entry(f"timm.{kind}", {"0": _floats(3, side, side)}, batch, kind)
+def _timm(kind: str, side: int = 224, batch: int = 8, dtype: str = "float16") -> Entry:
+    return Entry(f"timm.{kind}", {"0": _floats(3, side, side)}, batch, kind, dtype=dtype)
 
 
 def _torchvision(kind: str, *shape: int, batch: int = 8) -> Entry:
@@ -134,7 +134,7 @@ SWEEP: tuple[Entry, ...] = (
     _timm("lambda_resnet26t", 256),
     _timm("coatnet_0_rw_224"),
     _timm("maxvit_tiny_tf_224"),
-    _timm("efficientformer_l1"),
+    _timm("efficientformer_l1", dtype="float32"),  # its biases of attention stay float32 when it is cast
     _timm("xcit_small_12_p16_224"),
     _timm("twins_svt_small"),
     _timm("pvt_v2_b2"),
@@ -250,7 +250,7 @@ SWEEP: tuple[Entry, ...] = (
     _encoder("mpnet", "MPNetModel", 30527),
     _encoder("funnel", "FunnelModel", 30522, few={"block_sizes": [1, 1, 1]}),
     _encoder("xlnet", "XLNetModel", 32000, d_model=768, n_layer=12, n_head=12, d_inner=3072, few={"n_layer": 2}),
-    _encoder("fnet", "FNetModel", 32000),
+    replace(_encoder("fnet", "FNetModel", 32000), dtype="float32"),  # transforms of such sizes have no half precision
     _encoder("longformer", "LongformerModel", 30522, 1024, 2, attention_window=512, max_position_embeddings=4098),
     _encoder("bigbird", "BigBirdModel", 50358, 1024, 2),
     _encoder("electra", "ElectraModel", 30522),

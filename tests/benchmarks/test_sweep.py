@@ -351,7 +351,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*command, "--out", str(out)]) == 0
     assert "below 1.0x: own.unet 0.50x" in capsys.readouterr().out
     assert main(["sweep", "--counts", "--out", str(out)]) == 0
-    measured, counted = plans
+    assert main(["run", "--per-gpu", "2", "--out", str(out)]) == 0
+    assert main(["run", "--out", str(out)]) == 0
+    measured, counted, spread, alone = plans
+    assert (spread.suites, spread.gpus, spread.per_gpu) == (("latency",), ("0", "1"), 2)
+    assert (alone.gpus, alone.per_gpu, alone.preload) == ((), 1, ())
     assert (measured.suites, measured.names, measured.budget_s) == (("sweep",), ("own.unet",), 60)
     assert (measured.device, measured.gpus, measured.per_gpu) == ("cuda", ("0", "1"), 2)
     assert (measured.settle_s, measured.model_limit_s) == (40, math.inf)
