@@ -21,7 +21,8 @@ from benchmarks import models
 from torch_rtx.cache.runtime import DeviceKey, RuntimeCache
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT
-from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
+from torch_rtx.runtime.region_keys import plain, region_key
+from torch_rtx.runtime.tuning_db import TuningDatabase
 from torch_rtx.settings import CompilationSettings
 
 app = typer.Typer(add_completion=False)
@@ -32,7 +33,7 @@ def regions(name: str) -> dict[str, Graph]:
     model, args, kwargs = models.build(name, "full", dtype=torch.float16)
     settings = CompilationSettings(device="cuda", targets="later", reuse_cached_engines=False)
     graph = torch_rtx.compile(model, args, kwargs, settings=settings).engine.graph
-    return {region_key(node.body): node.body for node in kernel_nodes(graph) if node.body is not None}
+    return {region_key(node.body): plain(node.body) for node in kernel_nodes(graph) if node.body is not None}
 
 
 @app.command()

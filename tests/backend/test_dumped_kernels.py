@@ -184,9 +184,6 @@ class Compiler:
         self.given.append(artefacts)
         return {}
 
-    def begin(self, *_: object) -> None:
-        """Nothing is compiled ahead."""
-
 
 def test_what_was_measured_is_added_to_the_ranking(tmp_path: Path) -> None:
     compiler, artefacts = Compiler(), Artefacts.at(tmp_path, None)

@@ -23,7 +23,8 @@ from torch_rtx.manifest import Manifest, read_manifest
 from torch_rtx.runtime import module as module_file
 from torch_rtx.runtime import tuning_context
 from torch_rtx.runtime.candidate_check import LESS_EXACT, CandidateCheck
-from torch_rtx.runtime.tuning_db import Bodies, TuningDatabase, region_key
+from torch_rtx.runtime.region_keys import region_key
+from torch_rtx.runtime.tuning_db import Bodies, TuningDatabase
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import Candidate, Tactic
 from torch_rtx.targets import EXACT, HIGH, HIGHEST, Float32
@@ -102,9 +103,6 @@ class Compiler:
     ) -> Mapping[str, Candidate]:
         self.asked.append(float32)
         return {name: Candidate(Tactic("library", 1.0), first) for name, (_, first) in bodies.items()}
-
-    def begin(self, *_: object) -> None:
-        """Nothing is compiled ahead."""
 
 
 def test_kernels_of_another_precision_are_not_found() -> None:

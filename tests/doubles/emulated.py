@@ -96,8 +96,9 @@ class Device:
                 found[name] = Candidate(offered.with_kernels(launch), first, binaries)
         return found
 
-    def begin(self, *_: object) -> None:
-        """Nothing is compiled ahead."""
+    def some(self, bodies: Mapping[str, tuple[Graph, int]], sm: int, *_: object) -> dict[str, Candidate | None]:
+        """All are ready at once."""
+        return {**dict.fromkeys(bodies), **self.build(bodies, sm)}
 
     def offered(self, body: Graph, name: str, sm: int) -> Iterator[Tactic[Kernel]]:
         """What code generation offers, but for split bodies and calls that only a GPU has: in place of the first, one

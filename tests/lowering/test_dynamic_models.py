@@ -23,7 +23,7 @@ from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.tuning_db import region_key
+from torch_rtx.runtime.region_keys import region_key
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,21 +24,26 @@ import torch_rtx
 from tests.paths import ROOT
 from tests.test_structure import FILES, imports, module_of
 from torch_rtx import CompilationSettings
+from torch_rtx.artefacts import NO_FILES
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.cli.app import app
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels import aot
 from torch_rtx.lowering.kernels.aot import Compilations
-from torch_rtx.lowering.kernels.compile_worker import begin, build
+from torch_rtx.lowering.kernels.compile_worker import build, some
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.toolchain import Code, Job, lower
 from torch_rtx.runtime import compile_client, tuning_db
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT, CompileClient
+from torch_rtx.runtime.region_keys import region_key
 from torch_rtx.runtime.tuning_context import generator_sources, versions
-from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
+from torch_rtx.runtime.tuning_db import TuningDatabase
 from torch_rtx.tactics import OWN, Candidate
-from torch_rtx.targets import ARCHES, arch_of
+from torch_rtx.targets import ARCHES, EXACT, Target, arch_of
 
 
 def body(op: str = "exp", size: object = 100) -> Graph:
@@ -77,30 +83,52 @@ def test_every_gpu_has_kernels(sm: int) -> None:
                 assert f".target sm_{arch_of(sm).portable}\n".encode() in binary
 
 
-def test_what_is_asked_for_next_has_begun() -> None:
-    """And is not begun again, nor asked for in vain: what is built is what would have been built without it."""
-    begun = []
-    with Compilations(2) as running:
-        begin({"product": (PRODUCT, 1), "no kernel": (body("bernoulli"), 0)}, 80, running=running)
-        begun.append(len(running._futures))
-        found = [build({"product": (PRODUCT, rank)}, 80, running=running)["product"] for rank in (1, 2)]
-        begun.append(len(running._futures))
+def test_what_is_ready_first_comes_first() -> None:
+    """All others go on to compile, and are not begun again; what is built is what `build` builds."""
+    release = threading.Event()
+
+    def slow(job: Job) -> Code:
+        assert "relu" not in job.source or release.wait(60)
+        return lower(job)
+
+    bodies = {"slow": (PRODUCT, 0), "exp": (body("exp"), 0), "no kernel": (body("bernoulli"), 0), "none": (PRODUCT, 99)}
+    with Compilations(2, slow) as running:
+        first = some(bodies, 80, NO_FILES, None, EXACT, [("sin", body("sin"), 0)], running=running)
+        assert first == {"no kernel": None, "none": None}
+        assert len(running._futures) == 3
+        left = {name: bodies[name] for name in ("slow", "exp")}
+        assert some(left, 80, running=running) == build({"exp": bodies["exp"]}, 80)
+        running.forget()  # not what is done and will be asked for
+        assert len(running._futures) == 3
+        release.set()
+        found = some({"slow": bodies["slow"]}, 80, running=running)
+        assert len(running._futures) == 3
+    assert found == build({"slow": bodies["slow"]}, 80)
+
+
+def test_results_are_kept_as_long_as_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "KEPT", 1)
+    kernels = [generate(body(op), op, arch_of(80), 0) for op in ("exp", "sin")]
+    with Compilations(1) as running:
+        for kernel in kernels:
+            assert kernel is not None
+            running.begin(kernel, Target(80))
+            running.first({"it": [kernel]}, Target(80))
+        assert (len(running._futures), running.waiting) == (2, 0)
         running.forget()
-        assert not running._futures
-    assert begun == [1, 1]  # the other of the two calls a library
-    assert found == [build({"product": (PRODUCT, rank)}, 80)["product"] for rank in (1, 2)]
+        assert [job.name for job in running._futures] == ["sin"]
 
 
-def test_the_worker_begins_and_goes_on(client: CompileClient) -> None:
-    """A request without an answer leaves the next answer in its place, also where it can't be done."""
-    client.begin({"product": (PRODUCT, 1)}, 80)
-    client.begin({"product": (PRODUCT, 1)}, -1)
-    assert client.build({"product": (PRODUCT, 1)}, 80) == build({"product": (PRODUCT, 1)}, 80)
-    client.close()
+def test_the_worker_says_what_is_ready(client: CompileClient) -> None:
+    bodies = {"k0": (body(), 0), "none": (body(), 99)}
+    found = client.some(bodies, 86)
+    left = {name: entry for name, entry in bodies.items() if name not in found}
+    assert {**found, **(client.some(left, 86) if left else {})} == {**build(bodies, 86), "none": None}
+    with pytest.raises(KernelError):
+        client.some({"k0": (body(), 0)}, -1)
     client.stop()
-    client.begin({"product": (PRODUCT, 1)}, 80)
     with pytest.raises(KernelError, match="the program ends"):
-        client.build({"product": (PRODUCT, 1)}, 80)
+        client.some(bodies, 86)
 
 
 @pytest.mark.quick

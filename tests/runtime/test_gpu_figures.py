@@ -97,9 +97,6 @@ class Compiler:
         self.chips.append(chip)
         return {name: Candidate(Tactic("library", 1.0), first) for name, (_, first) in bodies.items()}
 
-    def begin(self, *_: object) -> None:
-        """Nothing is compiled ahead."""
-
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[RuntimeCache]:

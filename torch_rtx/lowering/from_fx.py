@@ -264,7 +264,7 @@ def op_of(node: fx.Node) -> Any:
 
 
 def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
-    """The call's arguments by their schema names, in schema order, without those equal to their defaults."""
+    """The call's arguments by their schema names, in schema order, without defaults and without those of no effect."""
     arguments = op_of(node)._schema.arguments
     given: dict[str, Any] = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
     kept = []
@@ -275,8 +275,8 @@ def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
         if argument.name == "layout" and value in (None, torch.strided):  # no type of the IR has another one
             continue
         if argument.has_default_value():
-            default = argument.default_value
-            if value is None and default is None or type(value) is type(default) and value == default:
+            default, deprecated = argument.default_value, argument.name.startswith("cudnn_enable")  # of norms
+            if deprecated or value is None and default is None or type(value) is type(default) and value == default:
                 continue
         kept.append((argument.name, value))
     return kept

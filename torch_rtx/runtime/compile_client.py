@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -61,23 +61,33 @@ class CompileClient:
         wanted = _with_foreign(bodies, sm, chip)
         if bodies and not wanted:
             return {}
-        with self._request("build", (wanted, sm, artefacts, chip, float32)) as process:
-            assert process.stdout is not None
-            answer: dict[str, Candidate] | str = pickle.load(process.stdout)
-        if isinstance(answer, str):
-            raise KernelError(answer)
-        return answer
+        found: dict[str, Candidate] = self._answer("build", (wanted, sm, artefacts, chip, float32))
+        return found
 
-    def begin(
+    def some(
         self,
         bodies: Mapping[str, tuple[Graph, int]],
         sm: int,
+        artefacts: Artefacts = NO_FILES,
         chip: Chip | None = None,
         float32: Float32 = EXACT,
-    ) -> None:
-        """Send a request to `compile_worker.begin`. What hinders it hinders the build that follows, which tells."""
-        with suppress(KernelError), self._request("begin", (_with_foreign(bodies, sm, chip), sm, chip, float32)):
-            pass
+        later: Sequence[tuple[str, Graph, int]] = (),
+    ) -> dict[str, Candidate | None]:
+        """Send a request to `compile_worker.some`, as `build` does."""
+        wanted = _with_foreign(bodies, sm, chip)
+        if len(wanted) < len(bodies):
+            return {name: None for name in bodies if name not in wanted}
+        then = [one for one in later if launch_in(one[1]) is None]
+        found: dict[str, Candidate | None] = self._answer("some", (wanted, sm, artefacts, chip, float32, then))
+        return found
+
+    def _answer(self, wanted: str, request: tuple[Any, ...]) -> Any:
+        with self._request(wanted, request) as process:
+            assert process.stdout is not None
+            answer = pickle.load(process.stdout)
+        if isinstance(answer, str):
+            raise KernelError(answer)
+        return answer
 
     @contextmanager
     def _request(self, wanted: str, request: tuple[Any, ...]) -> Iterator[subprocess.Popen[bytes]]:

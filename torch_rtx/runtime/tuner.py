@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
 from torch_rtx.runtime.node_cost import is_view, nbytes
 from torch_rtx.runtime.plan import TYPICAL
+from torch_rtx.runtime.region_keys import kin_key, plain, region_key
 from torch_rtx.runtime.shared_tuning import SharedTuning
-from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase, region_key
+from torch_rtx.runtime.tuning_db import Bodies, Choice, Later, TuningDatabase
 from torch_rtx.runtime.variant import PORTABLE, SPECIALIZED, Region, Variant
 from torch_rtx.settings import RuntimeSettings
 from torch_rtx.tactics import Candidate
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 MEASURED_OF_A_KIND = 4  # measuring a region ends with so many tactics of one kind
 # Or with fewer, where a library is faster by such a factor: more than the configurations of a kernel differ in time.
 TRIED, HOPELESS = 2, 1.5
+# Regions that are asked for at a time, of which any may be ready first; and those whose kernels may compile meanwhile.
+WINDOW, LATER = 16, 48
 
 
 @dataclass(frozen=True)
@@ -163,14 +166,17 @@ class Tuner:
             regions = [region for region in self.variant.regions if is_measurable(region.body)]
             regions = [region for region in regions if not self.compare(region)]
             regions = [region for region in regions if region.choice is None and not region.body.syms]
-            by_name = {self.context.database.named(region.key): region for region in regions}
+            known = {region.kin for region in self.variant.regions if region.choice is not None}
+            first = {region.kin: region for region in reversed(regions) if region.kin not in known}
+            by_name = {self.context.database.named(region.key): region for region in reversed(first.values())}
             self.variant.shared = shared = SharedTuning(list(by_name))
             end = time.monotonic() + self.of.settings.tuning_seconds
             while taken := shared.take():
                 try:
-                    self.tune([by_name[name] for name in taken], end)
+                    self.tune_launched([by_name[name] for name in taken], end)
                 finally:
                     shared.give(taken)
+            self.tune(self.follow(), end)
             self.swap()
 
     def hear(self) -> None:
@@ -187,17 +193,18 @@ class Tuner:
             for region in regions:
                 if region.choice is not None:
                     database.remember(region.key, region.choice)
+            self.follow()
             self.swap()
 
     def regions(self) -> Iterator[Region]:
         """The regions, inner ones first."""
         found: dict[str, Region] = {}
-        for node in reversed(list(kernel_nodes(self.graph))):
+        named = {node.op: node for node in kernel_nodes(self.graph)}  # equal names mean equal bodies
+        for op, node in reversed(named.items()):
             assert node.body is not None
-            key = region_key(node.body, self.context.database.float32)
-            region = found.setdefault(key, Region(key, node))
-            if node.op not in region.ops:
-                region.ops.append(node.op)
+            key, kin = (of(node.body, self.context.database.float32) for of in (region_key, kin_key))
+            region = found.setdefault(key, Region(key, kin, node, plain(node.body)))
+            region.ops.append(op)
         return iter(found.values())
 
     def specialize(self, regions: Sequence[Region]) -> None:
@@ -212,29 +219,41 @@ class Tuner:
                 wanted[region.key] = region.body, region.choice.rank
             elif not self.is_native(region):
                 wanted[region.key] = region.body, 0
-        work = self.variant.work
-        work.begin(len(wanted), work.tactics, work.limit_s)
-        made = self.built(wanted)
-        work.begin(0, work.tactics, work.limit_s)
-        for region in regions:
-            self.context.background.step()
-            candidate = made.get(region.key)
-            if region.choice is not None and region.choice.rank not in (None, candidate and candidate.rank):
+        by_key = {region.key: region for region in regions}
+        for key, candidate in self.arriving(wanted):
+            region = by_key[key]
+            if region.choice is not None and region.choice.rank != (candidate and candidate.rank):
                 region.choice = None  # the tactic that won can't be built here
             if candidate is not None:
                 self.try_first(region, candidate)
 
-    def built(self, wanted: Bodies) -> Mapping[str, Candidate]:
-        """What the database has or compiles of `wanted`, timed for those who wait.
+    def arriving(self, wanted: Bodies) -> Iterator[tuple[str, Candidate | None]]:
+        """What the database has or compiles of `wanted`, as soon as it is there; None: no tactic fits. Others compile
+        while the caller works on one.
 
         Raises:
-            KernelError: see `TuningDatabase.candidates`.
+            KernelError: nothing can be compiled here.
         """
-        if not wanted:
-            return {}
+        work, database, step = self.variant.work, self.context.database, self.context.background.step
+        work.begin(len(wanted), work.tactics, work.limit_s)
+        made = database.stored(wanted)
+        left = {key: entry for key, entry in wanted.items() if key not in made}
+        while made or left:
+            if not made:
+                later = [(key, *entry) for key, entry in islice(left.items(), WINDOW, LATER)]
+                made = self.compiled(dict(islice(left.items(), WINDOW)), later)
+            for key, candidate in made.items():
+                step()
+                left.pop(key, None)
+                yield key, candidate
+            work.begin(len(left), work.tactics, work.limit_s)
+            made = {}
+
+    def compiled(self, wanted: Bodies, later: Later) -> dict[str, Candidate | None]:
+        """See `TuningDatabase.compiled`; timed for those who wait."""
         start = time.monotonic()
-        made = self.context.database.candidates(wanted)
-        self.context.background.compiling.add(len(wanted), time.monotonic() - start)
+        made = self.context.database.compiled(wanted, later)
+        self.context.background.compiling.add(len(made), time.monotonic() - start)
         return made
 
     def is_native(self, region: Region) -> bool:
@@ -243,10 +262,11 @@ class Tuner:
             return all(op in self.tactics for op in region.ops)
         return region.node.op in self.of.native
 
-    def try_first(self, region: Region, candidate: Candidate) -> None:
-        """Use a candidate if its results are right. One that was measured before was also checked then."""
+    def try_first(self, region: Region, candidate: Candidate) -> bool:
+        """Use a candidate if its results are right, as said. One that was measured before was also checked then."""
         try:
             tactic = self.context.load(region.node, candidate)
+            region.expected_us = candidate.tactic.expected_us
             for sizes in self.cases if tactic.kernels and region.choice is None else ():
                 check = self.check(bind_node(region.node, sizes))
                 problem = check.problem(check.code({region.node.op: bound(tactic, sizes)}))
@@ -255,6 +275,9 @@ class Tuner:
             self.use(region, tactic)
         except (RtxError, torch.OutOfMemoryError) as error:
             self.reject(region, error)
+            return False
+        region.rank = candidate.rank
+        return True
 
     def use(self, region: Region, tactic: LoadedTactic) -> None:
         """Let a tactic run the nodes of a region."""
@@ -290,35 +313,69 @@ class Tuner:
         return bool(measured.times)
 
     def tune(self, regions: Sequence[Region], end: float) -> None:
-        """Measure regions, rank by rank until `end`, and use the fastest tactic of each."""
-        work = self.variant.work
-        measured = {region.key: Measurements(self, region) for region in regions}
-        open_ = dict(measured)
+        """Measure regions until `end`, those first that take the most time, and use the fastest tactic of each."""
+        in_order = sorted(regions, key=self.share_us, reverse=True)
+        measured = {region.key: Measurements(self, region) for region in in_order}
+        open_, asked = dict(measured), set[tuple[str, int]]()
         try:
-            for rank in count():
-                wanted = {key: (one.region.body, rank) for key, one in open_.items() if rank not in one.ranks}
-                if not open_ or time.monotonic() >= end:
-                    break
-                left = sum(one.left for one in open_.values())
-                work.begin(0, left, end - time.monotonic())
-                made = self.built(wanted)
-                self.context.database.begin(
-                    {k: (one.region.body, rank + 1) for k, one in open_.items() if one.left > 1}
-                )
+            while open_ and time.monotonic() < end:
+                first = list(islice(open_.items(), WINDOW))
+                wanted = {key: (one.region.body, one.rank) for key, one in first}
+                ahead = range(1, 1 + max(WINDOW // len(first), 1))
+                later = [(key, one, one.rank + more) for more in ahead for key, one in first if more < one.left]
+                later += [(key, one, one.rank) for key, one in islice(open_.items(), WINDOW, LATER)]
+                new = {key: entry for key, entry in wanted.items() if (key, entry[1]) not in asked}
+                asked.update((key, rank) for key, (_, rank) in new.items())
+                made = self.context.database.stored(new)
+                if not made:
+                    made = self.compiled(wanted, [(key, one.region.body, rank) for key, one, rank in later])
                 for key, candidate in made.items():
-                    self.context.background.step()
+                    self.tell(open_.values(), end)
                     start = time.monotonic()
-                    if start < end:
+                    if candidate is not None and start < end:
                         measured[key].add(candidate)
                         self.context.background.measuring.add(1, time.monotonic() - start)
-                    left -= 1
-                    work.begin(0, left, end - time.monotonic())
-                open_ = {k: one for k, one in open_.items() if not one.is_done and (k in made or k not in wanted)}
+                    if candidate is None or measured[key].is_done:
+                        del open_[key]
         except KernelError as error:
             self.context.background.step()
             warn_once(f"measuring ends: {error}")
         for one in measured.values():
             one.select()
+
+    def tune_launched(self, regions: Sequence[Region], end: float) -> None:
+        """Measure regions until `end`. Kernels inside of others are measured last, and if the fastest tactics of these
+        launch them: otherwise they never run."""
+        whole = {node.op for node in self.graph.nodes}
+        inner = [region for region in regions if whole.isdisjoint(region.ops)]
+        self.tune([region for region in regions if not whole.isdisjoint(region.ops)], end)
+        if inner:
+            runs = {node.op for node in inline_kernels(self.graph, self.tactics).nodes}
+            self.tune([region for region in inner if not runs.isdisjoint(region.ops)], end)
+
+    def follow(self) -> Sequence[Region]:
+        """Use the tactics of the regions that were measured for their kin, too; those where this fails are returned."""
+        database = self.context.database
+        chosen = {region.kin: region.choice for region in self.variant.regions if region.choice is not None}
+        kin = {one.key: one for one in self.variant.regions if one.choice is None and one.kin in chosen}
+        wanted = {key: (one.body, rank) for key, one in kin.items() if (rank := chosen[one.kin].rank) is not None}
+        for key, candidate in self.arriving(wanted):
+            region, choice = kin[key], chosen[kin[key].kin]
+            if candidate is None or candidate.rank != choice.rank:
+                continue
+            if candidate.rank == region.rank or self.try_first(region, candidate):
+                region.choice = choice
+                database.remember(key, choice)
+        return [kin[key] for key in wanted if kin[key].choice is None]
+
+    def tell(self, measured: Iterable[Measurements], end: float) -> None:
+        """Tell those who wait what is left of a step, whose thread may have to end."""
+        self.context.background.step()
+        self.variant.work.begin(0, sum(one.left for one in measured), end - time.monotonic())
+
+    def share_us(self, region: Region) -> float:
+        """Microseconds, about, that all nodes of a region take of a call."""
+        return region.expected_us * sum(node.op in region.ops for node in self.graph.nodes)
 
 
 def _refused(region: Region, candidate: Candidate, problem: str) -> str:
@@ -340,6 +397,7 @@ class Measurements:
         called: the names of those whose results are no kernel's.
         loaded: by the same names, the candidates with their ranks.
         ranks: of all candidates that were tried.
+        rank: of the candidate to try next.
     """
 
     def __init__(self, tuner: Tuner, region: Region) -> None:
@@ -349,6 +407,7 @@ class Measurements:
         self.called: set[str] = set()
         self.loaded: dict[str, tuple[LoadedTactic, int]] = {}
         self.ranks: set[int] = set()
+        self.rank = 0
         self._kinds: Counter[str] = Counter()
 
     @property
@@ -385,9 +444,11 @@ class Measurements:
         """Check and time a candidate; before the first one, time the engine's tactic."""
         tuner, region, op = self.tuner, self.region, self.region.node.op
         kind = candidate.tactic.kind
-        if candidate.rank in self.ranks:
-            return
+        is_new = candidate.rank not in self.ranks
         self.ranks.add(candidate.rank)
+        self.rank = next(rank for rank in count(self.rank + 1) if rank not in self.ranks)
+        if not is_new:
+            return
         self._kinds[kind] += 1
         try:
             tactic = tuner.context.load(region.node, candidate)
@@ -442,8 +503,9 @@ class Measurements:
         own = Choice(best, rank, dict(self.times))
         choice = database.agreed(key, own)
         if choice.rank is not None and choice.name not in self.loaded:
-            for candidate in self.tuner.built({key: (self.region.body, choice.rank)}).values():
-                self.add(candidate)
+            for _, candidate in self.tuner.arriving({key: (self.region.body, choice.rank)}):
+                if candidate is not None:
+                    self.add(candidate)
         if choice.name not in self.loaded and not (choice.rank is None and self.tuner.is_native(self.region)):
             choice = own  # it can't be used here
         tactic, _ = self.loaded.get(choice.name, (None, None))

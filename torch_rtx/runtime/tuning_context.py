@@ -24,8 +24,9 @@ from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_rivals, load_tactics
+from torch_rtx.runtime.region_keys import plain, region_key
 from torch_rtx.runtime.tuner import TuningContext
-from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
+from torch_rtx.runtime.tuning_db import TuningDatabase
 from torch_rtx.settings import BEST, RuntimeSettings, opens_stages, runtime_cache_path
 from torch_rtx.tactics import Candidate, KernelTable
 from torch_rtx.targets import EXACT, Float32, arch_of
@@ -143,7 +144,7 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
         KernelError: see `CompileClient.build`.
     """
     bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
-    wanted = {region_key(body, float32): (body, 0) for body in bodies}
+    wanted = {region_key(body, float32): (plain(body), 0) for body in bodies}
     with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
         chip = chip_named(device.name, device.sm)
         database = TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store, chip=chip, float32=float32)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import metadata
 from typing import Any, Protocol
@@ -22,14 +22,13 @@ from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU
 from torch_rtx.chips import Chip, read_figures
 from torch_rtx.errors import EngineFormatError, InvalidIR, KernelError
 from torch_rtx.ir import Graph
-from torch_rtx.op_work import kind_in_float32
-from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.runtime.ranks import agreed, said
 from torch_rtx.tactics import Candidate, check_tactic, read_tactic, write_tactic
-from torch_rtx.targets import EXACT, HIGHEST, Float32, Target, arch_of
+from torch_rtx.targets import EXACT, Float32, Target, arch_of
 
 log = logging.getLogger(__name__)
+Later = Sequence[tuple[str, Graph, int]]  # names, bodies and ranks
 Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
 FAILURES = 2  # after so many failures with no success, assume that the toolchain is broken
 NEGATIVE_ENTRY = b""  # stored where no tactic fits
@@ -60,8 +59,11 @@ class Compiler(Protocol):
         """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
         `chip`. `artefacts` gets the stages of its kernels, whose products of float32 are as exact as `float32` says."""
 
-    def begin(self, bodies: Bodies, sm: int, chip: Chip | None = None, float32: Float32 = EXACT) -> None:
-        """Begin to compile what `build` is about to be asked for, and do not wait."""
+    def some(
+        self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None, float32: Float32, later: Later
+    ) -> Mapping[str, Candidate | None]:
+        """The same of those that are ready first, at least one; None: no tactic fits. The others go on to compile, then
+        those of `later`."""
 
 
 class TuningDatabase:
@@ -86,6 +88,7 @@ class TuningDatabase:
     ) -> None:
         self.float32 = float32
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
+        self._works = False  # something was compiled here
         self._sheet = arch_of(sm).chip if chip is None else chip
 
     @cached_property
@@ -121,40 +124,52 @@ class TuningDatabase:
         Raises:
             KernelError: nothing can be compiled here, and no candidate was stored.
         """
-        found: dict[str, Candidate] = {}
-        missing: dict[str, tuple[Graph, int]] = {}
-        for key, (body, first) in wanted.items():
-            stored = None if self._store is None else self._store.get(KERNEL, self._key(f"{key} {first}"))
-            known = None if stored is None else _read(stored, body)
-            if known is not None:
-                found[key] = known
-            elif stored != NEGATIVE_ENTRY:
-                missing[key] = body, first
+        stored = self.stored(wanted)
+        found = {key: candidate for key, candidate in stored.items() if candidate is not None}
+        missing = {key: entry for key, entry in wanted.items() if key not in stored}
         if not missing:
             return found
         try:
-            built, refused = self._each({name_of(key): entry for key, entry in missing.items()})
+            built = self.compiled(missing)
         except KernelError as error:
             found |= self._shipped(missing)
             if not found:
                 raise
             log.warning("%d of %d regions are not compiled: %s", len(missing), len(wanted), error)
             return found
-        for key, (_, first) in missing.items():
-            made = built.get(name_of(key))
-            if made is not None:
-                found[key] = made
-            if self._store is not None and name_of(key) not in refused:
-                value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
-                self._store.put(KERNEL, self._key(f"{key} {first}"), value)
+        return found | {key: candidate for key, candidate in built.items() if candidate is not None}
+
+    def stored(self, wanted: Bodies) -> dict[str, Candidate | None]:
+        """What the cache has of `wanted`, see `candidates`; None: no tactic fits."""
+        found: dict[str, Candidate | None] = {}
+        for key, (body, first) in wanted.items():
+            value = None if self._store is None else self._store.get(KERNEL, self._key(f"{key} {first}"))
+            known = None if value is None else _read(value, body)
+            if known is not None or value == NEGATIVE_ENTRY:
+                found[key] = known
         return found
 
-    def begin(self, wanted: Bodies) -> None:
-        """Begin to compile what `candidates` is about to be asked for, and do not wait."""
-        keys = {key: self._key(f"{key} {first}") for key, (_, first) in wanted.items()}
-        missing = [key for key in wanted if self._store is None or self._store.get(KERNEL, keys[key]) is None]
-        if missing and not self._artefacts:  # which may override what is compiled
-            self._compiler.begin({name_of(key): wanted[key] for key in missing}, self.sm, self.chip, self.float32)
+    def compiled(self, missing: Bodies, later: Later | None = None) -> dict[str, Candidate | None]:
+        """What the compiler makes of regions that the cache lacks, which has it then; None: no tactic fits.
+
+        Args:
+            later: what is wanted soon. Only those that are ready first are returned, at least one; the others go on to
+                compile, then these. None: all are returned.
+
+        Raises:
+            KernelError: nothing can be compiled here.
+        """
+        found: dict[str, Candidate | None] = {}
+        then = None if later is None else [(name_of(key), body, rank) for key, body, rank in later]
+        built, refused = self._each({name_of(key): entry for key, entry in missing.items()}, then)
+        for key, (_, first) in missing.items():
+            name = name_of(key)
+            if name in built or name in refused:
+                found[key] = made = built.get(name)
+                if self._store is not None and name not in refused:
+                    value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
+                    self._store.put(KERNEL, self._key(f"{key} {first}"), value)
+        return found
 
     def _shipped(self, wanted: Bodies) -> dict[str, Candidate]:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
@@ -164,36 +179,45 @@ class TuningDatabase:
         read = {key: _read(value, wanted[key][0]) for key, value in stored.items() if value is not None}
         return {key: candidate for key, candidate in read.items() if candidate is not None}
 
-    def _each(self, wanted: Bodies) -> tuple[Mapping[str, Candidate], Mapping[str, KernelError]]:
-        """Build all regions in one request, or if that fails one by one: one region that the compiler refuses, or that
-        crashes it, does not affect the others.
+    def _each(
+        self, wanted: Bodies, later: Later | None
+    ) -> tuple[Mapping[str, Candidate | None], Mapping[str, KernelError]]:
+        """Build all or some regions in one request, or if that fails one by one: one region that the compiler refuses,
+        or that crashes it, does not affect the others.
 
         Returns:
-            the candidates, and the errors of other regions; both by name.
+            the candidates, None where no tactic fits, and the errors of other regions; both by name.
 
         Raises:
             KernelError: nothing can be compiled here, after FAILURES attempts.
         """
         try:
-            return self._build(wanted), {}
+            return self._build(wanted, later), {}
         except KernelError:
-            if len(wanted) == 1:
+            if len(wanted) == 1 and not self._works:
                 raise
-        built: dict[str, Candidate] = {}
+        built: dict[str, Candidate | None] = {}
         refused: dict[str, KernelError] = {}
         for name, entry in wanted.items():
             try:
                 built.update(self._build({name: entry}))
             except KernelError as error:
                 refused[name] = error
-                if len(refused) == FAILURES and not built:
+                if len(refused) == FAILURES and not built and not self._works:
                     raise
         for name, problem in refused.items():
             log.warning("%s is not compiled: %s", name, problem)
         return built, refused
 
-    def _build(self, wanted: Bodies) -> Mapping[str, Candidate]:
-        return self._compiler.build(wanted, self.sm, self._artefacts, self.chip, self.float32)
+    def _build(self, wanted: Bodies, later: Later | None = None) -> Mapping[str, Candidate | None]:
+        request = wanted, self.sm, self._artefacts, self.chip, self.float32
+        found: Mapping[str, Candidate | None]
+        if later is None:
+            found = {**dict.fromkeys(wanted), **self._compiler.build(*request)}
+        else:
+            found = self._compiler.some(*request, later)
+        self._works |= any(candidate is not None for candidate in found.values())
+        return found
 
     def choice(self, key: str) -> Choice | None:
         """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""
@@ -241,22 +265,6 @@ def _choice(stored: str | bytes) -> Choice | None:
 
 def _digest(figures: Mapping[str, float]) -> str:
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def region_key(body: Graph, float32: Float32 = EXACT) -> str:
-    """A digest of the operations and types of a region, without names and locations, and how exactly it multiplies
-    float32 if that is not as float32 does."""
-    level = float32.of(kind_in_float32(body))
-    key = hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
-    return key if level == HIGHEST else f"{key} {level}"
-
-
-def _unnamed(body: Graph) -> Graph:
-    """`body` without the names of kernels in it, which depend on the sizes of the capture."""
-    nodes = (
-        node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes
-    )
-    return replace(body, nodes=tuple(nodes))
 
 
 def name_of(key: str) -> str:

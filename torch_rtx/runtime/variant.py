@@ -20,24 +20,24 @@ class Region:
     """The equal kernel nodes of a variant, with their tuning results.
 
     Attributes:
-        key: see `tuning_db.region_key`.
+        key, kin: see `region_keys`.
         node: one of the nodes, as the variant's graph has it.
+        body: its operations, as all regions of the key have them.
         ops: the names of all of the nodes.
+        rank, expected_us: of the tactic that is used before any is measured; microseconds of one node.
         choice: the tactic that was measured fastest; None: not measured.
         problems: reasons why tactics are not used.
     """
 
     key: str
+    kin: str
     node: Node
+    body: Graph
     ops: list[str] = field(default_factory=list)
+    rank: int | None = None
+    expected_us: float = 0.0
     choice: Choice | None = None
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def body(self) -> Graph:
-        """The operations of each node."""
-        assert self.node.body is not None
-        return self.node.body
 
     def __str__(self) -> str:
         return str(self.node.loc or self.node.op)

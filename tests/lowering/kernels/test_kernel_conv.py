@@ -75,6 +75,16 @@ SHAPES = {
         "padding": (2, 0),
         "stride": (2, 1),
     },
+    "depthwise, row by row": {
+        "source": (1, 12, 9, 10),
+        "weight": (24, 1, 7, 5),
+        "groups": 12,
+        "padding": (3, 4),
+        "stride": (2, 1),
+        "dilation": (1, 2),
+        "rest": EPILOGUE,
+    },
+    "depthwise, one row": {"source": (2, 8, 2, 40), "weight": (8, 1, 1, 31), "groups": 8, "padding": (0, 15)},
 }
 CALLS = {
     "in one dimension": """
@@ -89,6 +99,12 @@ return y
 x: H[1, 16, 4, 5, 4]
 w: H[8, 16, 2, 3, 2]
 h: H[1, 8, 3, 5, 3] = conv3d.default(input=x, weight=w, padding=[0, 1, 0])
+return h
+""",
+    "in three dimensions, depthwise": """
+x: H[1, 8, 4, 5, 4]
+w: H[8, 1, 3, 3, 3]
+h: H[1, 8, 4, 5, 2] = conv3d.default(input=x, weight=w, padding=[1, 1, 0], groups=8)
 return h
 """,
     "as one number for all dimensions": """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels.index import multiple
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
+from torch_rtx.lowering.kernels.toolchain import KEPT, Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
 from torch_rtx.targets import ALIGNMENT, Target, lacks
 
@@ -97,9 +97,28 @@ class Compilations:
                 progress(len(done), len(futures))
         return done
 
+    def first(self, wanted: Mapping[str, Collection[Kernel]], target: Target) -> list[str]:
+        """The names of those whose kernels have been compiled, or were refused. Waits until there is one."""
+        futures = {
+            name: [self._future(job) for kernel in kernels for job in _jobs_of(kernel, target)]
+            for name, kernels in wanted.items()
+        }
+        while not (found := [name for name, each in futures.items() if all(future.done() for future in each)]):
+            wait([future for each in futures.values() for future in each if not future.done()], None, FIRST_COMPLETED)
+        return found
+
+    @property
+    def waiting(self) -> int:
+        """How many compilations have not ended."""
+        return sum(not future.done() for future in self._futures.values())
+
     def forget(self) -> None:
-        """Drop what is done, of which a cache keeps the newest. What still runs can be asked for."""
-        self._futures = {job: future for job, future in self._futures.items() if not future.done()}
+        """Drop errors and the oldest results. The others are asked for soon: a cache has them as well, but whatever
+        else waits to be compiled would come first."""
+        done = [job for job, future in self._futures.items() if future.done()]
+        for place, job in enumerate(done, KEPT - len(done)):
+            if place < 0 or self._futures[job].exception() is not None:
+                del self._futures[job]
         self._targets.clear()
 
     def _future(self, job: Job) -> Future[Code]:
@@ -189,6 +208,11 @@ def _jobs(kernel: Kernel, target: Target, targets: Iterable[Target], artefacts: 
         Job(kernel.name, source, kernel.pointers, case, wide, warps, stages, sm, kernel.trigger_early, portable, *texts)
         for case, texts in zip(cases, ((a.read("ttir"), a.read("ptx")) for a in _cases(artefacts)), strict=False)
     )
+
+
+def _jobs_of(kernel: Kernel, target: Target) -> tuple[Job, ...]:
+    """The jobs of a kernel for one target; none if the target lacks a dtype."""
+    return () if _missing(kernel, target) is not None else _jobs(kernel, target, [target], NO_FILES)
 
 
 def _cases(artefacts: Artefacts) -> tuple[Artefacts, Artefacts]:

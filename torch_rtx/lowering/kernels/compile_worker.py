@@ -9,10 +9,11 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from functools import lru_cache
+from itertools import count, islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO, NoReturn
@@ -26,14 +27,16 @@ from torch_rtx.lowering.kernels.aot import Compilations, cores
 from torch_rtx.lowering.kernels.compile_forks import MOST, THREADS, Forks
 from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.region import Exact
 from torch_rtx.lowering.kernels.toolchain import KEPT, versions
 from torch_rtx.tactics import Candidate, Tactic
 from torch_rtx.targets import EXACT, Arch, Float32, Target, arch_of
 
 NICENESS = 10  # the running program has priority
-AHEAD, BEGUN = 2, KEPT // 4  # ranks, and kernels at most, that compile while the program measures
-BEGIN = "begin"  # what a request asks for, else "build"
+BEGUN = KEPT // 4  # kernels at most that wait to be compiled, or are, before more are begun than are asked for
+SOME = "some"  # what a request asks for, else "build"
 Bodies = Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]]
+Later = Sequence[tuple[str, Graph, int]]  # names, bodies and ranks
 
 
 def build(
@@ -76,28 +79,77 @@ def build(
 
 def _ranked(body: Graph | Sequence[Tactic[Kernel]], name: str, arch: Arch, first: int) -> Iterator[kernel_build.Ranked]:
     """The tactic of rank `first`, then the later ones of its kind, then all others."""
-    if not isinstance(body, Graph):
-        yield from islice(enumerate(body), first, None)
-        return
-    try:
-        later = islice(enumerate(tactics(body, name, arch)), first, None)
-        for rank, tactic in later:
-            yield rank, tactic
+    later = _in_order(body, name, arch, first)
+    for rank, tactic in later:
+        yield rank, tactic
+        if isinstance(body, Graph):
             yield from sorted(later, key=lambda one: one[1].kind != tactic.kind)
-    except Unsupported:
-        return
 
 
-def begin(
-    bodies: Bodies, sm: int, chip: Chip | None = None, float32: Float32 = EXACT, *, running: Compilations
-) -> None:
-    """Begin what `build`, see there, is about to be asked for: of each region the tactics of AHEAD ranks."""
-    target, arch = _target(sm, chip, float32)
-    ranked = ((name, body, first + ahead) for ahead in range(AHEAD) for name, (body, first) in bodies.items())
-    heads = (next(_ranked(body, name, arch, rank), (0, None))[1] for name, body, rank in ranked)
-    kernels = (kernel for head in heads if head is not None for kernel in head.kernels.values())
-    for kernel in islice(kernels, BEGUN):
-        running.begin(kernel, target)
+def _in_order(
+    body: Graph | Sequence[Tactic[Kernel]], name: str, arch: Arch, first: int
+) -> Iterator[kernel_build.Ranked]:
+    """The tactics from rank `first` on."""
+    if isinstance(body, Graph):
+        return _offers(Exact(body), name, arch).since(first)
+    return islice(enumerate(body), first, None)
+
+
+class _Offers:
+    """The tactics of a region, generated as far as they were asked for: those of one rank after the other are."""
+
+    def __init__(self, source: Iterable[Tactic[Kernel]]) -> None:
+        self._source, self._found = iter(source), list[Tactic[Kernel]]()
+
+    def since(self, first: int) -> Iterator[kernel_build.Ranked]:
+        """Those from a rank on; none where no kernel computes the region."""
+        for rank in count(first):
+            with suppress(Unsupported):
+                self._found.extend(islice(self._source, max(rank + 1 - len(self._found), 0)))
+            if rank >= len(self._found):
+                return
+            yield rank, self._found[rank]
+
+
+@lru_cache(maxsize=KEPT)
+def _offers(key: Exact, name: str, arch: Arch) -> _Offers:
+    return _Offers(tactics(key.graph, name, arch))
+
+
+def some(
+    bodies: Bodies,
+    sm: int,
+    artefacts: Artefacts = NO_FILES,
+    chip: Chip | None = None,
+    float32: Float32 = EXACT,
+    later: Later = (),
+    *,
+    running: Compilations,
+) -> dict[str, Candidate | None]:
+    """What `build` returns, see there, of those regions that are ready first, at least one; None: no tactic fits. The
+    others go on to compile, then those of `later`, which are asked for soon."""
+    if not artefacts:  # which may override what is compiled
+        bodies = _first(bodies, later, *_target(sm, chip, float32), running)
+    found = build(bodies, sm, artefacts, chip, float32, running=running)
+    return {name: found.get(name) for name in bodies}
+
+
+def _first(bodies: Bodies, later: Later, target: Target, arch: Arch, running: Compilations) -> Bodies:
+    """Those of `bodies` whose tactic was compiled first."""
+
+    def begun(name: str, body: Graph | Sequence[Tactic[Kernel]], rank: int) -> Sequence[Kernel]:
+        _, tactic = next(_in_order(body, name, arch, rank), (rank, None))
+        kernels = () if tactic is None else tuple(tactic.kernels.values())
+        for kernel in kernels:
+            running.begin(kernel, target)
+        return kernels
+
+    heads = {name: begun(name, body, rank) for name, (body, rank) in bodies.items()}
+    for one in later:
+        if running.waiting >= BEGUN:
+            break
+        begun(*one)
+    return {name: bodies[name] for name in running.first(heads, target)} if bodies else {}
 
 
 def _target(sm: int, chip: Chip | None, float32: Float32) -> tuple[Target, Arch]:
@@ -107,8 +159,8 @@ def _target(sm: int, chip: Chip | None, float32: Float32) -> tuple[Target, Arch]
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, running: Compilations) -> NoReturn:
-    """Answer requests to `build`: with its result, or the text of its error. Those to `begin` get no answer. When their
-    stream ends, the peer has ended, in whatever way: so does this process, in the middle of a request, too."""
+    """Answer requests to `build` and `some`: with the result, or the text of the error. When their stream ends, the
+    peer has ended, in whatever way: so does this process, in the middle of a request, too."""
     received: SimpleQueue[Any] = SimpleQueue()
 
     def receive() -> None:
@@ -123,13 +175,9 @@ def serve(requests: BinaryIO, answers: BinaryIO, running: Compilations) -> NoRet
     Thread(target=receive, daemon=True).start()
     while True:
         wanted, request = received.get()
-        answer: dict[str, Candidate] | str
-        if wanted == BEGIN:
-            with suppress(Exception):  # `build` meets the same
-                begin(*request, running=running)
-            continue
+        answer: Mapping[str, Candidate | None] | str
         try:
-            answer = build(*request, running=running)
+            answer = (some if wanted == SOME else build)(*request, running=running)
         except (RtxError, OSError) as error:
             answer = str(error)
         except Exception as error:  # a bug: the peer logs it

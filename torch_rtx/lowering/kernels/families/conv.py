@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import ceil
+from math import ceil, prod
 
 from torch_rtx.chips import MODEL_ERROR, SLOWER
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
-from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import (
     Family,
@@ -66,6 +66,11 @@ from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 from torch_rtx.op_work import ANCHORS, INT_CONV
 from torch_rtx.targets import Arch
+
+STATIC = "tl.static_range"
+# Taps of a depthwise convolution. Unrolled code of 49 is larger than caches of instructions, spills registers, and
+# compiles in up to ten seconds, in place of half of one.
+UNROLLED = 25
 
 
 def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -190,11 +195,21 @@ class DepthwiseWriter(TileWriter):
         total = Operand("acc0", frozenset((M, N)))
         before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, {tl_dtype(self.sums)})"]
         sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]
-        # Unrolled, so that all loads of a window are in flight at once.
-        lines = k_loop.loop(before, [], sums, "tl.static_range")
+        # Unrolled, so that all loads of a window are in flight at once, or of a row where that is enough of them.
+        rows = len(contraction.taps) > 1 and prod(contraction.taps) > UNROLLED
+        lines = [*before, *_row_by_row(contraction.taps, sums)] if rows else k_loop.loop(before, [], sums, STATIC)
         emitter.outer.lines = []
         self.write_epilogue(emitter, [total])
         return lines + emitter.outer.lines
+
+
+def _row_by_row(taps: tuple[int, ...], inside: list[str]) -> list[str]:
+    """A loop for each dimension of a window, of which the last one is unrolled."""
+    names = TAPS[len(TAPS) - len(taps) :]
+    for name, tap in reversed(list(zip(names, taps, strict=True))):
+        steps = STATIC if name == TAPS[-1] else "range"
+        inside = [f"for {name} in {steps}(0, {tap}):", *indent(inside)]
+    return inside
 
 
 def _number(dim: Dim) -> int:
