@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
@@ -23,20 +24,21 @@ from torch_rtx.accumulation import continued
 from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED, TF32
 from torch_rtx.errors import RtxError
 from torch_rtx.foreign import launch_in
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
+from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values
 from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
-from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.example_lists import fill_lists
 from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits, numbers_in
+from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.launch import LoadedTactic
+from torch_rtx.runtime.reference import NARROW_FLOATS, Calls, Place, copy_of, parts_of, whole_of
 from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
 from torch_rtx.targets import EXACT, HIGH, Float32
 
 log = logging.getLogger(__name__)
-NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
+T = TypeVar("T")
 # Of the L2 cache, what timed runs read in turn: more than it holds, as the weights of a model are. On a CPU, bytes.
 ROTATED, ROTATED_ON_CPU = 1.25, 1 << 20
 LINE = 256  # bytes that inputs are aligned to, as the allocator aligns them
@@ -49,8 +51,9 @@ BITS = (32, 12, 4)
 NEARLY = 0.9  # of the largest float of a dtype: above it rounding decides whether an element is finite
 # A problem where TF32 is allowed, and libraries do not use it for these sizes.
 LESS_EXACT = "as TF32 it is less exact than the calls"
-PIECE = 1 << 22  # elements that are compared at once
-MEMORY_SHARE = 0.25  # of the device's free memory that a check may use
+PIECE = 1 << 20  # elements that are drawn or compared at once
+MEMORY_SHARE = 0.5  # of the device's free memory that a check may use
+DRAWN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which PyTorch draws random numbers
 
 
 class CandidateCheck:
@@ -79,9 +82,10 @@ class CandidateCheck:
         values = tuple({value.name: value for value in node.inputs}.values())
         outputs = tuple(value for value in node.outputs if value is not None)
         self.graph = Graph("fused", values, nodes=(replace(node, loc=None),), outputs=outputs)
-        made = [value for value in outputs if value.name not in continued(node)]  # the others lie in an operand
-        total = sum(nbytes(value.type) for value in (*values, *made) if isinstance(value.type, TensorType))
-        self._check_memory(total)
+        as_it_is = tactics is not None or _takes_bits(node.body) or launch_in(node.body) is not None
+        self._node, self._wide = node, not as_it_is
+        self._parts = [whole_of(self.graph)] if as_it_is else parts_of(self.graph)
+        self._check_memory()
         self._generator = torch.Generator(device).manual_seed(next(SEEDS))
         # What a kernel that others wrote does with integers is not known: zeros are positions that every tensor has.
         high = 1 if launch_in(node.body) is not None else smallest_size(node.body)
@@ -90,61 +94,64 @@ class CandidateCheck:
         used = {value.name: known[value.name] for value in values if value.name in known}
         self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
         self._numbers = set() if launch_in(node.body) is not None else numbers_in(self.graph) - self._known.keys()
+        self.expected: Sequence[torch.Tensor] = ()
+        self._inputs: list[torch.Tensor] = []
         for bits in BITS if self._numbers else BITS[:1]:
             self._inputs = [self._random(value, bits) for value in self.graph.inputs]
             fill_lists(self.graph, self._inputs, self._known)
             with _calls_of(node):
                 self._computes_positions = check_positions(self.graph, device, self._given())
                 fill_saved(self.graph, device, self._inputs)
-                calls = compile_graph(self.graph, device, tactics=tactics)
-                self.expected: Sequence[torch.Tensor] = _comparable(calls(self._given(), ()))
-            if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
-                break
-        as_it_is = _takes_bits(node.body) or launch_in(node.body) is not None
-        with _calls_of(node):
-            exact = self.expected if as_it_is else self._right(node)
+                if self._is_whole:
+                    calls = compile_graph(self.graph, device, tactics=tactics)
+                    self.expected = _comparable(calls(self._given(), ()))
+                if not self._numbers or self._is_finite():
+                    break
         self._midway = MIDWAY if _rounds(node.body) else 0.0
         self._may_be_tf32 = float32.of(kind_in_float32(node.body)) == HIGH
-        measured = [self._measured(mine, right) for mine, right in zip(self.expected, exact, strict=True)]
-        self._limits = [limit for limit, *_ in measured]
-        self._exact = [right for _, right, _ in measured]
-        self._unknown = [unknown for *_, unknown in measured]
 
-    def _measured(self, mine: torch.Tensor, right: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-        """Of an output as calls compute it: the error that a kernel may have, what is right, and the elements of which
-        calls tell nothing, since they overflow; None: there are none."""
-        if not mine.is_floating_point():
-            return max(2 * _share(mine, right), self._midway), right, None
-        error, unknown = relative_error(mine, right), None
-        if error == math.inf:
-            near = right.isfinite() & (right.abs() > NEARLY * torch.finfo(mine.dtype).max)
-            unknown = near | (mine.float().isfinite() != right.isfinite())
-            right = _without(right, unknown)
-            error = relative_error(_without(mine, unknown), right)
-        # Float32 is exact enough for narrower results.
-        right = right.float() if mine.itemsize < torch.float32.itemsize else right
-        return max(2 * error, tolerance(mine.dtype)), right, unknown
+    @property
+    def _is_whole(self) -> bool:
+        """Nothing is computed in pieces."""
+        return self._parts[0].graph is self.graph
 
-    def _right(self, node: Node) -> Sequence[torch.Tensor]:
-        """What results are compared with. Refusing all kernels of calls without float64 would leave the calls, which
-        may be slower than what was fused."""
+    def _is_finite(self) -> bool:
+        """All that the calls compute is finite."""
+        found = (piece.calls for piece in self._pieces(wide=False))
+        return all(bool(x.float().isfinite().all()) for one in found if one.is_floating_point() for (x,) in _parts(one))
+
+    def _pieces(self, wide: bool) -> Iterator[Piece]:
+        """The results of the calls, and what is right: those in float64, or, if not `wide`, the same."""
+        inputs = {value.name: x for value, x in zip(self.graph.inputs, self._inputs, strict=True)}
+        for part in self._parts:
+            calls = None if self.expected else Calls(part, self.device, False)
+            exact = self._in_float64(partial(Calls, part, self.device, True)) if wide else None
+            for lies, new in part.places():
+                mine = right = self.expected if calls is None else _comparable(calls(inputs, lies))
+                found = None if exact is None else self._in_float64(partial(exact, inputs, lies))
+                right = mine if found is None else _comparable(found)
+                names = (value.name for value in attr_values(part.graph.outputs))
+                for position, name, *both in zip(part.positions, names, mine, right, strict=True):
+                    yield Piece(position, _inside(lies[name], new[name]), *(x[new[name]] for x in both))
+                del mine, right, found, both  # before the next piece is computed
+
+    def _in_float64(self, call: Callable[[], T]) -> T | None:
+        """What `call` returns; None where it fails, or one before it did. Refusing all kernels of calls without float64
+        would leave the calls, which may be slower than what was fused."""
         try:
-            return self._in_float64()
+            return call() if self._wide else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, whatever the dtype is
             raise
         except RuntimeError as error:
-            log.warning("%s is compared with its calls, which fail in float64: %s", node.op, str(error).splitlines()[0])
-            return self.expected
-
-    def _in_float64(self) -> Sequence[torch.Tensor]:
-        wide = compile_graph(in_float64(self.graph), self.device)
-        given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._given())
-        return _comparable(wide(Owned(given), ()))
+            first = str(error).splitlines()[0]
+            log.warning("%s is compared with its calls, which fail in float64: %s", self._node.op, first)
+            self._wide = False
+            return None
 
     def _given(self) -> list[torch.Tensor]:
         """The inputs; what the node writes to is a copy, so that each run starts from the same contents."""
         pairs = zip(self.graph.inputs, self._inputs, strict=True)
-        return [_copy(x) if value.name in self.graph.written else x for value, x in pairs]
+        return [copy_of(x) if value.name in self.graph.written else x for value, x in pairs]
 
     def _random(self, value: Value, bits: int) -> torch.Tensor:
         """A random input; integers that are numbers have so many bits, or all of their dtype's."""
@@ -158,44 +165,88 @@ class CandidateCheck:
             found = differing(found, self._distinct[value.name], high, self._generator)
         return found.sort().values if value.name in self._in_order else found
 
-    def _check_memory(self, total: int) -> None:
+    def _check_memory(self) -> None:
+        """Refuse what needs a good part of the device's memory."""
         if self.device.type != "cuda":
             return
+        begun = continued(self._node)  # results in the memory of an operand
+        copies = [value for value in self.graph.inputs if value.name in self.graph.written]
+        made = [value for value in self._node.results if value.name not in begun] * (1 + self._is_whole)
+        types = [value.type for value in (*self.graph.inputs, *copies, *made)]
+        need = sum(nbytes(type_) for type_ in types if isinstance(type_, TensorType))
+        need += max(part.bytes for part in self._parts)
         free, _ = torch.cuda.mem_get_info(self.device)
-        if 8 * total > MEMORY_SHARE * free:  # as they are, in float64, and temporaries
-            raise RtxError(f"checking it needs {8 * total >> 20} MiB, {free >> 20} MiB are free")
+        if need > MEMORY_SHARE * free:  # which the allocator adds to by what it keeps for others
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if need > MEMORY_SHARE * free:
+            raise RtxError(f"checking it needs {need >> 20} MiB, {free >> 20} MiB are free")
 
     def code(self, tactics: Mapping[str, LoadedTactic]) -> Code:
         """Code that runs the node by `tactics`, and calls what they do not launch."""
         return compile_graph(self.graph, self.device, tactics=tactics)
 
     def problem(self, code: Code) -> str | None:
-        """The first wrong output of `code`, with its error; None: all are right."""
-        poison = [torch.full_like(x, torch.nan if x.is_floating_point() else 1) for x in self.expected]
+        """The first wrong output of `code`, with its error; None: all are right.
+
+        Raises:
+            RtxError: the calls of the node's body fail.
+        """
+        poison = [_poisoned(value, self.device) for value in self.graph.outputs if isinstance(value, Value)]
         del poison  # the allocator hands this memory out next: elements that a kernel leaves out stay NaN
         found = _comparable(code(self._given(), ()))
-        outputs = zip(found, self._exact, self._limits, self._unknown, strict=True)
-        for position, (mine, right, limit, unknown) in enumerate(outputs):
+        with _calls_of(self._node):
+            if isinstance(code, Code) and not _launches(code) and self._is_near_calls(found):
+                return None
+            distances = self._distances(found)
+        for position, (mine, calls, own) in enumerate(zip(found, *distances, strict=True)):
+            least = tolerance(mine.dtype) if mine.is_floating_point() else self._midway
+            limit, error = max(2 * calls.value, least), own.value
             if not mine.is_floating_point():
-                share = _share(mine, right)
-                if share > limit:
-                    return f"output {position} differs in {share:.2%} of its elements, the limit is {limit:.2%}"
+                if error > limit:
+                    return f"output {position} differs in {error:.2%} of its elements, the limit is {limit:.2%}"
                 continue
-            error = relative_error(mine if unknown is None else _without(mine, unknown), right)
             if self._may_be_tf32 and limit < error <= TF32.tolerance:
                 return LESS_EXACT
             if not error <= limit:
                 return f"output {position} has a relative error of {error:.1e}, the limit is {limit:.1e}"
         return None
 
+    def _is_near_calls(self, found: Sequence[torch.Tensor]) -> bool:
+        """Results differ from those of the calls by no more than the rounding of their dtypes: what libraries compute
+        has to be no better."""
+        own = [Distance() for _ in found]
+        for piece in self._pieces(wide=False):
+            own[piece.position].add(found[piece.position][piece.lies], piece.calls)
+        least = (tolerance(x.dtype) if x.is_floating_point() else self._midway for x in found)
+        return all(one.value <= limit for one, limit in zip(own, least, strict=True))
+
+    def _distances(
+        self, found: Sequence[torch.Tensor], overflowing: Container[int] = ()
+    ) -> tuple[list[Distance], list[Distance]]:
+        """Of each output, how far the calls and `found` are from what is right. Of `overflowing` outputs, elements of
+        which calls tell nothing are left out."""
+        calls, own = ([Distance() for _ in found] for _ in range(2))
+        for piece in self._pieces(wide=True):
+            position = piece.position
+            theirs, mine, right = piece.calls, found[position][piece.lies], piece.right
+            if position in overflowing:
+                unknown = _unknown(theirs, right)
+                theirs, mine, right = (_without(x, unknown) for x in (theirs, mine, right))
+            calls[position].add(theirs, right)
+            own[position].add(mine, right)
+            del piece, theirs, mine, right
+        infinite = {position for position, one in enumerate(calls) if one.value == math.inf}
+        return self._distances(found, infinite) if infinite and not overflowing else (calls, own)
+
     def runs(self, code: Code, pool: InputPool) -> list[Run]:
         """The runs to time: `code` with floats of `pool`, and copies of all else in as much memory at most: others
         might be positions outside of a tensor, or make some."""
+        self.expected = ()  # only a check needs them
         pooled = [pool.holds(x) and not self._computes_positions for x in self._inputs]
         size = sum(_span(x) for x, held in zip(self._inputs, pooled, strict=True) if not held)
         sets = [self._given()]  # it may add to what it writes to, run by run
         for _ in range(min(RUNS, pool.size // max(size, 1)) - 1):
-            sets.append([x if held else _copy(x) for x, held in zip(self._inputs, pooled, strict=True)])
+            sets.append([x if held else copy_of(x) for x, held in zip(self._inputs, pooled, strict=True)])
         turns = (sets[turn % len(sets)] for turn in range(RUNS))
         return [
             partial(code, [pool.like(x) if held else x for x, held in zip(inputs, pooled, strict=True)], ())
@@ -242,12 +293,6 @@ class InputPool:
         return memory.as_strided(tensor.shape, tensor.stride())
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Other memory with the same elements and strides, which `clone` changes where elements share memory."""
-    extent = aten.extent(tensor.shape, tensor.stride())
-    return tensor.as_strided((extent,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
-
-
 def _span(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element."""
     return aten.extent(tensor.shape, tensor.stride()) * tensor.itemsize
@@ -270,9 +315,21 @@ def _takes_bits(body: Graph) -> bool:
     return any({*pair} & {*NARROW_FLOATS} for pair in _types(body, "aten.view.dtype"))
 
 
-def _share(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of integers, the share that differs."""
-    return float((found != exact).double().mean()) if found.numel() else 0.0
+def _inside(outer: Place, inner: Place) -> Place:
+    """Where a part of a part lies in the whole."""
+    return tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(outer, inner, strict=True))
+
+
+def _launches(code: Code) -> bool:
+    """Whether a kernel of ours runs."""
+    return any(node.kind == "kernel" for node in inline_kernels(code.graph, code.tactics).nodes)
+
+
+def _unknown(calls: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The elements of which calls tell nothing: they overflow there and not in float64, or nearly do."""
+    finite = right.isfinite()
+    near = finite & (right.abs() > NEARLY * torch.finfo(calls.dtype).max)
+    return near | (calls.float().isfinite() != finite)
 
 
 def _without(tensor: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
@@ -303,59 +360,120 @@ def random_tensor(value: Value, device: torch.device, generator: torch.Generator
     """A random input: floats from the normal distribution, fair bools, integers in [0, high)."""
     type_ = value.type
     assert isinstance(type_, TensorType)
-    shape, strides = numbers(type_.shape), numbers(type_.strides)
-    extent = aten.extent(shape, strides)
     dtype = aten.DTYPES[type_.dtype]
+    normal, integers = (partial(draw, generator=generator, device=device) for draw in (torch.randn, torch.randint))
     if type_.dtype == PACKED:
-        memory = torch.randint(0, 256, (extent,), generator=generator, device=device, dtype=torch.uint8).view(dtype)
-    elif dtype.is_floating_point or dtype.is_complex:
-        memory = torch.randn(extent, generator=generator, device=device).to(dtype)
-    else:
-        high = 2 if dtype == torch.bool else high
-        memory = torch.randint(0, high, (extent,), generator=generator, device=device).to(dtype)
-    return memory.as_strided(shape, strides)
+        return _drawn(type_, device, lambda count: integers(0, 256, (count,), dtype=torch.uint8))
+    if dtype in DRAWN:
+        shape, strides = numbers(type_.shape), numbers(type_.strides)
+        return normal(aten.extent(shape, strides), dtype=dtype).as_strided(shape, strides)
+    if dtype.is_floating_point or dtype.is_complex:
+        return _drawn(type_, device, normal)
+    high = 2 if dtype == torch.bool else high
+    return _drawn(type_, device, lambda count: integers(0, high, (count,)))
 
 
 def random_integers(value: Value, device: torch.device, generator: torch.Generator, bits: int) -> torch.Tensor:
     """A random input of integers with at most so many bits."""
     type_ = value.type
     assert isinstance(type_, TensorType)
-    shape, strides, dtype = numbers(type_.shape), numbers(type_.strides), aten.DTYPES[type_.dtype]
-    info, most = torch.iinfo(dtype), 1 << bits - 1
+    info, most = torch.iinfo(aten.DTYPES[type_.dtype]), 1 << bits - 1
     low, high = (max(info.min, -most), min(info.max, most - 1)) if info.min else (0, min(info.max, 2 * most - 1))
-    memory = torch.randint(low, high + 1, (aten.extent(shape, strides),), generator=generator, device=device)
-    return memory.to(dtype).as_strided(shape, strides)
+    draw = partial(torch.randint, low, high + 1, generator=generator, device=device)
+    return _drawn(type_, device, lambda count: draw((count,)))
 
 
-def in_float64(graph: Graph) -> Graph:
-    """The same operations in float64, casts to narrower floats included."""
+def _drawn(type_: TensorType, device: torch.device, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """A tensor of numbers that `draw` makes of another dtype, a piece at a time."""
+    shape, strides = numbers(type_.shape), numbers(type_.strides)
+    memory = torch.empty(aten.extent(shape, strides), dtype=aten.DTYPES[type_.dtype], device=device)
+    bytes_ = memory.view(torch.uint8) if type_.dtype == PACKED else memory
+    for piece in bytes_.split(PIECE):
+        piece.copy_(draw(piece.numel()))
+    return memory.as_strided(shape, strides)
 
-    def value(v: Value) -> Value:
-        if not isinstance(v.type, TensorType) or v.type.dtype not in NARROW_FLOATS:
-            return v
-        return replace(v, type=replace(v.type, dtype="f64"))
 
-    def attr(name: str, given: Attr) -> Attr:
-        return "f64" if "dtype" in name and given in NARROW_FLOATS else attr_map(given, value)
+def _poisoned(value: Value, device: torch.device) -> torch.Tensor:
+    """Memory of the size of `value`: NaN, if it is of floats."""
+    type_ = value.type
+    assert isinstance(type_, TensorType)
+    dtype = torch.uint8 if type_.dtype == PACKED else aten.DTYPES[type_.dtype]
+    extent = aten.extent(numbers(type_.shape), numbers(type_.strides))
+    return torch.full((extent,), torch.nan if dtype.is_floating_point else 1, dtype=dtype, device=device)
 
-    def node(n: Node) -> Node:
-        args = tuple((name, attr(name, given)) for name, given in n.args)
-        outputs = tuple(None if v is None else value(v) for v in n.outputs)
-        return replace(n, args=args, outputs=outputs, body=None if n.body is None else in_float64(n.body))
 
-    inputs, outputs = tuple(map(value, graph.inputs)), tuple(attr_map(output, value) for output in graph.outputs)
-    return replace(graph, inputs=inputs, nodes=tuple(map(node, graph.nodes)), outputs=outputs)
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an output.
+
+    Attributes:
+        position: of the output.
+        lies: where, in the output.
+        calls, right: as the calls compute it, and what is right.
+    """
+
+    position: int
+    lies: Place
+    calls: torch.Tensor
+    right: torch.Tensor
+
+
+class Distance:
+    """How far results are from what is right, given piece by piece: of floats the norm of the difference over the norm
+    of what is right, infinite where only one of them is finite; of integers the share that differs."""
+
+    def __init__(self) -> None:
+        self._difference = self._size = 0.0
+        self._least = 1e-30
+
+    def add(self, found: torch.Tensor, right: torch.Tensor) -> None:
+        """Count a piece."""
+        if not found.is_floating_point():
+            self._difference += int((found != right).sum())
+            self._size, self._least = self._size + found.numel(), 1.0
+            return
+        difference, size = _norms(found, right)
+        if not math.isfinite(difference + size):
+            difference, size = _norms(found, right, finite=True)
+        self._difference, self._size = math.hypot(self._difference, difference), math.hypot(self._size, size)
+
+    @property
+    def value(self) -> float:
+        """The distance by now."""
+        return self._difference / max(self._size, self._least) if self._difference != math.inf else math.inf
 
 
 def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference; infinite where only one of them is finite."""
+    distance = Distance()
+    distance.add(got, reference)
+    return distance.value
+
+
+def _norms(found: torch.Tensor, right: torch.Tensor, finite: bool = False) -> tuple[float, float]:
+    """The norms of the difference and of `right`, in float64; with `finite`, of what is finite in both, or infinite
+    where only one of them is."""
     norms = []
-    pieces = (tensor.reshape(-1).split(PIECE) for tensor in (got, reference))
-    for mine, right in zip(*pieces, strict=True):  # by pieces: numbers of float64 take much memory
-        mine, right = mine.double(), right.double()
-        finite = torch.isfinite(right)
-        if not torch.equal(torch.isfinite(mine), finite):
-            return float("inf")
-        norms.append(torch.stack([torch.where(finite, x, 0.0).norm() for x in (mine - right, right)]))
-    difference, size = torch.stack(norms).norm(dim=0)
-    return float(difference / size.clamp_min(1e-30))
+    for mine, exact in _parts(found, right):
+        exact = exact.double()
+        difference = (mine.double() if mine.itemsize == 1 else mine) - exact
+        if finite:
+            known = exact.isfinite()
+            if not torch.equal(mine.double().isfinite(), known):
+                return math.inf, 1.0
+            difference, exact = difference.masked_fill_(~known, 0.0), exact.masked_fill(~known, 0.0)
+        norms.append(torch.stack([difference.norm(), exact.norm()]))
+    difference, size = (norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)).tolist()
+    return difference, size
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape in pieces of at most PIECE elements, without copies: numbers of float64 take much memory."""
+    first = tensors[0]
+    if first.numel() <= PIECE:
+        yield tensors
+        return
+    axis = max(range(first.dim()), key=lambda axis: (first.shape[axis] > 1, first.stride(axis)))
+    count = max(PIECE * first.shape[axis] // first.numel(), 1)
+    for pieces in zip(*(tensor.split(count, axis) for tensor in tensors), strict=True):
+        yield from _parts(*pieces)

@@ -1,0 +1,287 @@
+"""What is right of a region: its calls on the same inputs, as they are and in float64, in pieces that need little
+memory. A piece is computed of slices of the inputs, and made float64 by itself.
+
+A region whose float64 takes little memory is one piece. So are results without an axis that all calls before them
+treat independently (see `independent_axes`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.dtypes import DTYPES
+from torch_rtx.ir import UPDATES, Attr, Graph, Node, TensorType, Value, attr_map, attr_values, contiguous
+from torch_rtx.op_work import ANCHORS, ATTENTION, SDPA
+from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.control import Owned
+from torch_rtx.runtime.independent_axes import Axis, Family, cut, families, is_constant, shape_of
+from torch_rtx.runtime.inline import inline_kernels
+
+NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
+BUDGET = 64 << 20  # bytes that float64 may take; a region that takes less is one piece
+SCORES = 3  # times that an attention holds its scores in float64
+LEVELS = 4  # at which pieces are cut again
+Place = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One cut: pieces of `units` units of a family. `sizes`: the elements of a unit along each axis."""
+
+    family: Family
+    units: int
+    sizes: Mapping[Axis, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Results of a region that are computed together.
+
+    Attributes:
+        graph: for one piece.
+        positions: of the results among those of the region.
+        levels: how pieces are cut, from the outside in; none: there is one.
+        constants: what the graph's inputs beside the region's are, and what computes them.
+        bytes: about what a piece takes in float64.
+    """
+
+    graph: Graph
+    positions: tuple[int, ...]
+    levels: tuple[Level, ...]
+    constants: Graph
+    bytes: int
+
+    def places(self) -> Iterator[tuple[dict[str, Place], dict[str, Place]]]:
+        """Per piece, by name: where the inputs and results of the graph lie in the whole, and which part of a result
+        no piece before had."""
+        shapes = {value.name: shape_of(value) for value in (*self.graph.inputs, *_results(self.graph))}
+        for at, first in _places(self.levels, {}, {}):
+            whole, new = dict[str, Place](), dict[str, Place]()
+            for name, shape in shapes.items():
+                starts = [at.get((name, axis), 0) for axis in range(len(shape))]
+                firsts = [max(first.get((name, axis), 0) - start, 0) for axis, start in enumerate(starts)]
+                new[name] = tuple(slice(begin, size) for begin, size in zip(firsts, shape, strict=True))
+                whole[name] = tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+            yield whole, new
+
+
+def _places(
+    levels: Sequence[Level], at: dict[Axis, int], first: dict[Axis, int]
+) -> Iterator[tuple[dict[Axis, int], dict[Axis, int]]]:
+    """Per piece, where it begins along each axis, and where what is new in it does: the last ones of a level overlap,
+    so that all pieces have one size."""
+    if not levels:
+        yield at, first
+        return
+    level = levels[0]
+    for start in range(0, level.family.units, level.units):
+        begin = min(start, level.family.units - level.units)
+        begins = {axis: at.get(axis, 0) + begin * size for axis, size in level.sizes.items()}
+        news = {axis: max(first.get(axis, 0), at.get(axis, 0) + start * size) for axis, size in level.sizes.items()}
+        yield from _places(levels[1:], at | begins, first | news)
+
+
+class Calls:
+    """The calls of a part, piece by piece; `wide`: in float64."""
+
+    def __init__(self, part: Part, device: torch.device, wide: bool) -> None:
+        self._wide = wide
+        graph, constants = (in_float64(one) if wide else one for one in (part.graph, part.constants))
+        self._names = [value.name for value in graph.inputs]
+        self._code: Code = compile_graph(graph, device)
+        made = compile_graph(constants, device)((), ()) if constants.nodes else ()
+        self._constants = {value.name: one for value, one in zip(attr_values(constants.outputs), made, strict=True)}
+        inner = {name for name, _ in part.levels[-1].sizes} if part.levels else set[str]()
+        self._stays = {name for name in self._names if part.levels and name not in inner}
+        self._kept: dict[str, tuple[Place, torch.Tensor]] = {}
+        self._written = graph.written
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> Sequence[torch.Tensor]:
+        """The results of the piece at `places`, of the whole `inputs`."""
+        return self._code(Owned(self._input(inputs, name, places[name]) for name in self._names), ())
+
+    def _input(self, inputs: Mapping[str, torch.Tensor], name: str, place: Place) -> torch.Tensor:
+        if name in self._kept and self._kept[name][0] == place:
+            return self._kept[name][1]
+        self._kept.pop(name, None)
+        found = (self._constants[name] if name in self._constants else inputs[name])[place]
+        if self._wide and aten.dtype_name(found.dtype) in NARROW_FLOATS:
+            found = found.double()
+        elif name in self._written:
+            found = copy_of(found)
+        if name in self._stays:
+            self._kept[name] = place, found
+        return found
+
+
+def whole_of(graph: Graph) -> Part:
+    """All of a static graph as one piece."""
+    return _whole(graph, inline_kernels(graph, {}))
+
+
+def _whole(graph: Graph, flat: Graph) -> Part:
+    return Part(graph, tuple(range(len(graph.outputs))), (), Graph("import"), wide_bytes(flat))
+
+
+def parts_of(graph: Graph) -> list[Part]:
+    """What to compute of a static graph without weights, one kernel node."""
+    flat = inline_kernels(graph, {})
+    whole = _whole(graph, flat)
+    if whole.bytes <= BUDGET or any(node.kind != "op" for node in flat.nodes):
+        return [whole]
+    flat, positions = _explicit(flat), whole.positions
+    together = _part(flat, positions)
+    if together.bytes <= BUDGET or len(positions) == 1:
+        return [together if together.levels else whole]
+    alone = [_part(flat, (position,)) for position in positions]
+    if max(part.bytes for part in alone) < together.bytes:
+        return alone
+    return [together if together.levels else whole]
+
+
+def _part(flat: Graph, positions: tuple[int, ...]) -> Part:
+    """These results of `flat`, in pieces as large as may be."""
+    graph, constants = _split(flat, positions)
+    levels, size = list[Level](), wide_bytes(graph)
+    while size > BUDGET and len(levels) < LEVELS:
+        best = min((_fitted(graph, family) for family in families(graph, _results(graph))), default=None, key=_order)
+        if best is None or best[2] >= 0.9 * size:
+            break
+        family, units, size = best
+        named = {value.name: value for value in (*graph.inputs, *_results(graph))}
+        axes = {(name, axis): named[name] for name, axis in family.axes.items() if name in named}
+        levels.append(Level(family, units, {a: shape_of(value)[a[1]] // family.units for a, value in axes.items()}))
+        graph = cut(graph, family, units)
+    return Part(graph, positions, tuple(levels), constants, size)
+
+
+def _fitted(graph: Graph, family: Family) -> tuple[Family, int, int]:
+    """How many units of a family fit, and their bytes. Where one does not, others have to be cut as well: so many that
+    they take a good part of the memory."""
+    least = wide_bytes(cut(graph, family, 1))
+    limit = max(BUDGET, least + BUDGET // 4)
+    low, high = 1, family.units  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if wide_bytes(cut(graph, family, middle)) <= limit else (low, middle)
+    return family, low, wide_bytes(cut(graph, family, low))
+
+
+def _order(found: tuple[Family, int, int]) -> tuple[float, ...]:
+    """The fewest pieces of those that fit, else the smallest."""
+    family, units, size = found
+    return (0, family.units / units) if size <= BUDGET else (1, size)
+
+
+def _split(flat: Graph, positions: Sequence[int]) -> tuple[Graph, Graph]:
+    """The part of a graph that computes some results, and constants, such as positions, that it gets as inputs."""
+    outputs = tuple(flat.outputs[position] for position in positions)
+    needed, nodes, constants = {value.name for value in attr_values(outputs)}, list[Node](), list[Node]()
+    for node in reversed(flat.nodes):
+        if needed.isdisjoint(value.name for value in node.results):
+            continue
+        needed.update(value.name for value in node.inputs)
+        (constants if not node.inputs and not is_constant(node) and not aten.draws(node) else nodes).append(node)
+    made = tuple(value for node in reversed(constants) for value in node.results)
+    inputs = (*(value for value in flat.inputs if value.name in needed), *made)
+    graph = replace(flat, inputs=inputs, nodes=tuple(reversed(nodes)), outputs=outputs)
+    return graph, Graph(flat.level, nodes=tuple(reversed(constants)), outputs=made)
+
+
+def _explicit(flat: Graph) -> Graph:
+    """The same results without writes to inputs, and with masks instead of attention to earlier positions."""
+    nodes, taken, numbers = list[Node](), {value.name for value in flat.values()}, count()
+
+    def emit(op: str, dtype: str, shape: tuple[int, ...], **args: Attr) -> Value:
+        name = next(name for number in numbers if (name := f"m{number}") not in taken)
+        made = Value(name, TensorType(dtype, shape, contiguous(shape)))
+        nodes.append(Node("op", op, tuple(args.items()), (made,)))
+        return made
+
+    for node in flat.nodes:
+        if node.op in (SDPA, ATTENTION) and node.arg("is_causal") is True and _has_no_mask(node):
+            queries, keys = (shape_of(value)[-2] for value in node.inputs[:2])
+            row, column = (emit("aten.arange.default", "i64", (n,), end=n, device="main") for n in (queries, keys))
+            at = emit("aten.unsqueeze.default", "i64", (queries, 1), self=row, dim=1)
+            mask = emit("aten.ge.Tensor", "bool", (queries, keys), self=at, other=column)
+            args = dict(node.args) | {"attn_mask": mask, "is_causal": False}
+            node = replace(node, args=tuple(args.items()))
+        nodes.append(replace(node, op=UPDATES.get(node.op, node.op)))
+    return replace(flat, nodes=tuple(nodes))
+
+
+def _has_no_mask(node: Node) -> bool:
+    return all(node.arg(name) in (None, ()) for name in ("attn_mask", "fill", "band"))
+
+
+def _results(graph: Graph) -> list[Value]:
+    return [*attr_values(graph.outputs)]
+
+
+def wide_bytes(graph: Graph) -> int:
+    """About the bytes that a static graph takes in float64: its inputs, and the most that it holds beside them."""
+    base, last = aten.bases(graph), dict[str, int]()
+    sizes = {value.name: 0 if value.name in base else _wide(value) for value in graph.values()}
+    for index, node in enumerate(graph.nodes):
+        last.update((base.get(value.name, value.name), index) for value in (*node.inputs, *node.results))
+    kept = {base.get(value.name, value.name) for value in (*graph.inputs, *_results(graph))}
+    ends: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name not in kept:
+            ends.setdefault(index, []).append(name)
+    live = most = sum(sizes[value.name] for value in graph.inputs)
+    for index, node in enumerate(graph.nodes):
+        live += sum(sizes[value.name] for value in node.results)
+        most = max(most, live + _scores(node))
+        live -= sum(sizes[name] for name in ends.get(index, ()))
+    return most
+
+
+def _wide(value: Value) -> int:
+    """Bytes of a value in float64, if it is of floats."""
+    if not isinstance(value.type, TensorType):
+        return 0
+    size = 8 if value.type.dtype in NARROW_FLOATS else DTYPES[value.type.dtype].bytes
+    return size * math.prod(shape_of(value))
+
+
+def _scores(node: Node) -> int:
+    """Bytes that an attention takes in float64, where no library has a kernel for it."""
+    query, key = node.arg("query"), node.arg("key")
+    if not ANCHORS.get(node.op, "").startswith("attention") or not (
+        isinstance(query, Value) and isinstance(key, Value)
+    ):
+        return 0
+    return SCORES * 8 * math.prod(shape_of(query)[:-1]) * shape_of(key)[-2]
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Other memory with the same elements and strides, which `clone` changes where elements share memory."""
+    extent = aten.extent(tensor.shape, tensor.stride())
+    return tensor.as_strided((extent,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
+
+
+def in_float64(graph: Graph) -> Graph:
+    """The same operations in float64, casts to narrower floats included."""
+
+    def value(v: Value) -> Value:
+        if not isinstance(v.type, TensorType) or v.type.dtype not in NARROW_FLOATS:
+            return v
+        return replace(v, type=replace(v.type, dtype="f64"))
+
+    def attr(name: str, given: Attr) -> Attr:
+        return "f64" if "dtype" in name and given in NARROW_FLOATS else attr_map(given, value)
+
+    def node(n: Node) -> Node:
+        args = tuple((name, attr(name, given)) for name, given in n.args)
+        outputs = tuple(None if v is None else value(v) for v in n.outputs)
+        return replace(n, args=args, outputs=outputs, body=None if n.body is None else in_float64(n.body))
+
+    inputs, outputs = tuple(map(value, graph.inputs)), tuple(attr_map(output, value) for output in graph.outputs)
+    return replace(graph, inputs=inputs, nodes=tuple(map(node, graph.nodes)), outputs=outputs)
