@@ -158,6 +158,7 @@ class Tuner:
                 self.swap()
         finally:
             variant.ready = not self.generic
+        self.context.database.flush()
 
     def measure(self) -> None:
         """Measure tactics and swap the code; follows `compile`, for a variant without symbols. Other ranks measure some
@@ -178,6 +179,7 @@ class Tuner:
                     shared.give(taken)
             self.tune(self.follow(), end)
             self.swap()
+        self.context.database.flush()
 
     def hear(self) -> None:
         """Use what other ranks have measured; follows `measure`. Waits for no longer than measuring may take."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import metadata
@@ -89,6 +91,7 @@ class TuningDatabase:
         self.float32 = float32
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
         self._works = False  # something was compiled here
+        self._writes: list[Future[None]] = []
         self._sheet = arch_of(sm).chip if chip is None else chip
 
     @cached_property
@@ -131,6 +134,7 @@ class TuningDatabase:
             return found
         try:
             built = self.compiled(missing)
+            self.flush()
         except KernelError as error:
             found |= self._shipped(missing)
             if not found:
@@ -150,7 +154,7 @@ class TuningDatabase:
         return found
 
     def compiled(self, missing: Bodies, later: Later | None = None) -> dict[str, Candidate | None]:
-        """What the compiler makes of regions that the cache lacks, which has it then; None: no tactic fits.
+        """What the compiler makes of regions that the cache lacks, which gets it; None: no tactic fits.
 
         Args:
             later: what is wanted soon. Only those that are ready first are returned, at least one; the others go on to
@@ -165,11 +169,20 @@ class TuningDatabase:
         for key, (_, first) in missing.items():
             name = name_of(key)
             if name in built or name in refused:
-                found[key] = made = built.get(name)
+                found[key] = built.get(name)
                 if self._store is not None and name not in refused:
-                    value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
-                    self._store.put(KERNEL, self._key(f"{key} {first}"), value)
+                    self._writes.append(_WRITERS[0].submit(self._keep, self._store, f"{key} {first}", found[key]))
         return found
+
+    def _keep(self, store: Store, name: str, made: Candidate | None) -> None:
+        """Store a candidate. Compressing takes longer than to measure it, and holds no lock."""
+        value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
+        store.put(KERNEL, self._key(name), value)
+
+    def flush(self) -> None:
+        """Wait until the cache has all that was compiled."""
+        while self._writes:
+            self._writes.pop().result()
 
     def _shipped(self, wanted: Bodies) -> dict[str, Candidate]:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
@@ -246,6 +259,15 @@ class TuningDatabase:
         )
         if self._store is not None:
             self._store.put(TACTIC, self._key(key), _written(choice).encode())
+
+
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "torch_rtx kernels")
+
+
+_WRITERS = [_writer()]
+if hasattr(os, "register_at_fork"):  # a fork has no such thread
+    os.register_at_fork(after_in_child=lambda: _WRITERS.__setitem__(0, _writer()))
 
 
 def _written(choice: Choice) -> str:
