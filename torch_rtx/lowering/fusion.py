@@ -52,6 +52,7 @@ SIBLING_GAIN = 8  # times that the shorter of two independent loops may take wha
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
 RUN = 64  # elements that are neighbours in memory, so that it does not matter where the next ones are
 MINOR = 8  # times as much is read beside an operand that a kernel may read in any order
+GIVEN_BYTES = 1 << 20  # of a copy that the caller gets: to copy less once more takes no longer than a launch
 NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
@@ -501,7 +502,8 @@ class FusionPlan:
         return self.nodes[rows[0] if rows else group.members[-1]].loc
 
     def is_profitable(self, group: FusionGroup) -> bool:
-        """A kernel is better than plain calls. It is not for a lone copy; and few long rows need a split form."""
+        """A kernel is better than plain calls. It is not for a lone copy, unless the caller gets that: in a CUDA graph
+        the result of a call would be copied once more. Few long rows need a split form."""
         if group.space is None:
             return group.steps is not None
         count, size = group.space.count.number, None if group.space.size is None else group.space.size.number
@@ -509,7 +511,10 @@ class FusionPlan:
             return len(group.members) > 1 and prefers_split(self.body(group), self.arches)
         if len(group.members) > 1:  # fusion has checked that code can be generated
             return True
-        return self.us(group) < inf and self._computes(self.nodes[group.members[0]])
+        node = self.nodes[group.members[0]]
+        nbytes = sum(bytes_of(value.type) for value in node.results if isinstance(value.type, TensorType))
+        given = node.op in COPIES and self.escapes(group) and nbytes >= GIVEN_BYTES
+        return self.us(group) < inf and (given or self._computes(node))
 
     def _computes(self, node: Node) -> bool:
         if any(value.name in self.begun for value in node.results):

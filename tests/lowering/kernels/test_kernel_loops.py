@@ -441,3 +441,54 @@ y: H[()] = sum.dim_IntList(self=q, dim=[0, 1])
 return y
 """
     check(text, loop_kernel, loop_configs(region(body(text)))[0])
+
+
+CUT = """
+x: H[5, 136]
+c: H[5, 133](136, 1) = slice.Tensor(self=x, dim=1, start=0, end=133)
+y: H[5, 133] = clone.default(self=c, memory_format='contiguous_format')
+s: H[5] = logsumexp.default(self=y, dim=[1])
+m: H[5] = amax.default(self=y, dim=[1])
+return y, s, m"""
+
+
+@pytest.mark.parametrize(("pitch", "reads_vectors"), [(136, True), (134, False)])
+def test_rows_that_end_within_a_vector(pitch: int, reads_vectors: bool) -> None:
+    """They are read to its end, where rows have something there, and what lies there has no part in a result; a copy of
+    them is stored as they are read for their statistics."""
+    graph = body(CUT.replace("136", str(pitch)), "f16")
+    (x,) = (random_tensor(value.type, {}) for value in graph.inputs)
+    x[:, 133:] = torch.tensor([math.inf, math.nan, 1e4])[: pitch - 133]
+    kernel = loop_kernel(region(graph), "kernel", LoopConfig(1, 32, 4))
+    assert ("mask=(R < 136)" in kernel.source) == reads_vectors
+    assert kernel.source.count("for start") == kernel.source.count("= tl.load(") == 2  # none for the copy
+    results = [torch.empty(5, 133).half(), torch.empty(5).half(), torch.empty(5).half()]
+    run(kernel, [x, *results], {})
+    given = x[:, :133].double()
+    for found, expected in zip(results, (given, given.logsumexp(1), given.amax(1)), strict=True):
+        torch.testing.assert_close(found, expected.half())
+
+
+STEADY = """
+x: H[6, 2, 2541]
+m: H[12, 1]
+r: i64[12, 1]
+v: H[12, 2541] = view.default(self=x, size=[12, 2541])
+d: H[12, 2541] = sub.Tensor(self=v, other=m)
+z: H[12, 2541] = full.default(size=[12, 2541], fill_value=0.0, dtype='DTYPE', device='main')
+h: H[12, 2541] = scatter.value(self=z, dim=1, index=r, value=2.0)
+e: H[12, 2541] = add.Tensor(self=d, other=h)
+y: H[12, 2544] = constant_pad_nd.default(self=e, pad=[0, 3], value=7.0)
+return y"""
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_what_a_row_has_once_is_read_once_for_a_piece_of_it(dtype: str) -> None:
+    text = STEADY.replace("DTYPE", dtype)
+    graph = body(text, dtype)
+    config = loop_configs(region(graph))[0]
+    assert config.steady
+    kernel = check(text, loop_kernel, config, dtype)
+    assert "tl.load(m + (X))" in kernel.source
+    assert "tl.load(r + (X))" in kernel.source
+    assert "//" not in kernel.source.partition("R = ")[2].partition("\n")[2]  # no element divides its index

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch_rtx.dtypes import DTYPES, FLOATS, register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, is_natural, linear, variable, within
+from torch_rtx.lowering.kernels.index import Index, Var, is_natural, linear, narrowed, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
     ZERO,
     Const,
     Gather,
@@ -29,6 +31,7 @@ from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 Axes = frozenset[str]
 NONE: Axes = frozenset()
 VECTOR = 8  # elements of 2 bytes that are stored at once
+VECTOR_BITS = 128  # that a thread loads at once
 LOAD = 4  # operations that take as long as a load from the L1 cache
 MAX_VALUES = 2048  # of a kernel: a larger one takes a second to write, and many to compile
 NAMES = re.compile(r"\w+")  # in a line
@@ -79,6 +82,7 @@ class Emitter:
         loads: the axes that each address in memory depends on, of every tensor that is read.
         spread: the axis along which loads are of whole tiles, of several rows: Triton may lay a tile of one row out in
             another way, and then moves its elements between threads.
+        open: the axis along which nobody needs zeros past the end of a row: every reduction and every store has a mask.
     """
 
     def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
@@ -88,7 +92,7 @@ class Emitter:
         self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
         self.looped = ""  # the variable of the current loop
-        self.spread = ""
+        self.spread = self.open = ""
         self.operations: Counter[Axes] = Counter()
         self.loads: dict[tuple[Load, Index], Axes] = {}
         self._varying: dict[str, Axes] = {}
@@ -213,7 +217,7 @@ class Emitter:
         """A masked load, converted to `dtype`; 0 where a condition does not hold."""
         address = linear(position, tensor.strides)
         axes = self.loads[tensor, address] = self.varies(address)
-        masks = [*self._masks(axes), *conditions]
+        masks = [*self._masks(axes, self._vectors(tensor, position)), *_concerning(conditions, axes, tensor)]
         wide = frozenset(self.axes) if self.spread in axes else axes.union(*(mask.axes for mask in masks))
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes) or (wide and not axes):  # a pointer alone is no tile, not even of one
@@ -257,13 +261,25 @@ class Emitter:
             raise Unsupported("the result of a matrix product at another position than its own")
         return self.anchored[tensor, position]
 
-    def _masks(self, axes: Axes) -> list[Operand]:
-        named = (axis for axis in self.axes.values() if axis.name in axes and axis.mask)
-        return [Operand(axis.mask, frozenset((axis.name,)) | self._varying.get(axis.mask, NONE)) for axis in named]
+    def _masks(self, axes: Axes, wider: Mapping[str, str] = MappingProxyType({})) -> list[Operand]:
+        named = [axis for axis in self.axes.values() if axis.name in axes and axis.mask]
+        texts = [wider.get(axis.name, axis.mask) for axis in named]
+        varying = [frozenset((axis.name,)) | self._varying.get(axis.mask, NONE) for axis in named]
+        return list(map(Operand, texts, varying))
+
+    def _vectors(self, tensor: Load, position: Position) -> dict[str, str]:
+        """A mask for the open axis that holds for whole vectors: Triton loads elements one by one where a row ends
+        within one. It reads past the end of a row, where the tensor has elements there and rows begin with a vector."""
+        axis = self.axes.get(self.open)
+        end = whole_vectors(tensor, position, self.open) if axis is not None and axis.mask else None
+        return {} if end is None else {self.open: f"({self.open} < {end})"}
 
     def inside(self, tensor: Select, position: Position) -> tuple[Position, tuple[Operand, ...]]:
         """The position in `tensor.inner`, and the bounds checks that are not proven to hold."""
-        moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
+        moved = tuple(
+            narrowed(at - start, size)
+            for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True)
+        )
         tests = []
         for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
             if start != ZERO and not is_natural(at - start):
@@ -355,6 +371,28 @@ class Emitter:
             parts[axes] = parts.get(axes, ZERO) + Index((term,))
         odd = [axes for axes, part in parts.items() if axes and any(count % VECTOR for _, count in part.terms)]
         return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
+
+
+def _concerning(conditions: tuple[Operand, ...], axes: Axes, tensor: Load) -> Iterable[Operand]:
+    """Those of the conditions without which a load along `axes` would leave `tensor`: where others don't hold, nobody
+    needs what it finds. One element for a row stays one load for the row."""
+    exists = all(size.number for size in tensor.shape)
+    return (one for one in conditions if not exists or not one.axes or one.axes & axes)
+
+
+def whole_vectors(tensor: Load, position: Position, axis: str) -> int | None:
+    """Where the last vector of a row of `tensor` ends, whose elements `axis` counts in `position`; None if that is the
+    end of the row, if rows don't begin with a vector, or if the tensor has no elements there."""
+    *rows, at = position or (ZERO,)
+    *strides, step = tensor.strides or (ZERO,)
+    atom, each = at.atom, VECTOR_BITS // DTYPES[tensor.dtype].bits
+    if not isinstance(atom, Var) or atom.name != axis or atom.last is None or atom.last.number is None:
+        return None
+    size, most = atom.last.number + 1, tensor.shape[-1].number or 0
+    end = -(-size // each) * each
+    begins = step == ONE and all(stride.number is not None and stride.number % each == 0 for stride in strides)
+    apart = all(var.name != axis for row in rows for var in row.variables())
+    return end if begins and apart and size < end <= most else None
 
 
 def is_outside(tensor: Select, position: Position) -> bool:

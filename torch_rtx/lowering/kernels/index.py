@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
 
 from torch_rtx.ir import Dim, Expr, Sym, dim_expr
@@ -369,6 +369,14 @@ def within(index: Index, size: Index) -> bool:
     """Whether `0 <= index < size` is proven."""
     bound = upper(index)
     return bound is not None and is_natural(size - constant(1) - bound)
+
+
+def narrowed(index: Index, size: Index) -> Index:
+    """`index` where a condition holds that says that it is below `size`: a variable alone has this as its range."""
+    atom = index.atom
+    if not isinstance(atom, Var) or atom.last is None or atom.signed or within(index, size):
+        return index
+    return _atom(replace(atom, last=size - constant(1)))
 
 
 def _split(index: Index, by: Index) -> tuple[Index, Index]:

@@ -10,7 +10,7 @@ registers. A scan needs its row in registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf, prod
@@ -37,6 +37,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     REDUCTIONS,
     ZERO,
+    Load,
     Pointwise,
     Position,
     Reduce,
@@ -45,11 +46,12 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Shape,
     Tensor,
     View,
+    everything,
 )
 from torch_rtx.lowering.kernels.pairs import H, PairEmitter
 from torch_rtx.lowering.kernels.reduction_rules import LOWEST
 from torch_rtx.lowering.kernels.region import Region, needed
-from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order, repeated_rows, rows_of
+from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order, repeated_rows, rows_of, steady_rows
 from torch_rtx.lowering.kernels.source import (
     PROGRAM,
     PartFunction,
@@ -73,6 +75,7 @@ TILES_PER_PROCESSOR = 8
 BUSY = 16  # elements of a thread at least, where a tile is divided among more warps
 MOST_OF_FEW = 512  # elements of a row, of which a program has several
 REPEATED = 64  # elements of an operand that repeats, less than threads: Triton lets each thread load what it needs
+LEFT = 32  # times as many elements as tiles have past the end of a row, at least
 UNKNOWN = 1 << 14  # elements of a row of symbolic size
 OWN_SCANS = frozenset(("sum", "prod"))  # of Triton's own
 COMBINE = """
@@ -86,9 +89,10 @@ def _{kind}(a, b):
 @dataclass(frozen=True)
 class LoopConfig:
     """The tile, [rows, elements of a row], and Triton's number of warps. With `repeated`, the rows are those of
-    `repeated_rows`, and each block of a row has programs of its own. With `held`, all tiles of a row, whose size is a
-    multiple of theirs, are in registers at once. A program has `sharing` tiles of rows beside each other, which share
-    what repeats along rows, such as the weights of a norm, and what is read for these."""
+    `repeated_rows`, with `steady` those of `steady_rows`, and each block of a row has programs of its own. With `held`,
+    all tiles of a row, whose size is a multiple of theirs, are in registers at once. A program has `sharing` tiles of
+    rows beside each other, which share what repeats along rows, such as the weights of a norm, and what is read for
+    these."""
 
     rows: int
     elements: int
@@ -96,6 +100,7 @@ class LoopConfig:
     repeated: bool = False
     held: bool = False
     sharing: int = 1
+    steady: bool = False
 
     @property
     def program_rows(self) -> int:
@@ -115,7 +120,14 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
     count = rows_of(region).count.number
     few = count is not None and held and count < TYPICAL_PROCESSORS * held[0].rows
-    every = dict.fromkeys([*repeated[:1], *([best, *held] if few else [*held, best]), *smaller])
+    every = dict.fromkeys(
+        [
+            *repeated[:1],
+            *([] if repeated else steady_configs(region)),
+            *([best, *held] if few else [*held, best]),
+            *smaller,
+        ]
+    )
     return [one for one in every if not scans or one.elements == best.elements]
 
 
@@ -180,6 +192,15 @@ def repeated_configs(region: Region) -> list[LoopConfig]:
     rows = None if rows_of(region).axes else repeated_rows(region)
     fits = rows is not None and rows.size.number is not None and rows.size.number % REPEATED == 0
     return [LoopConfig(tile, REPEATED, 4, repeated=True) for tile in (REPEATED, REPEATED // 2)] if fits else []
+
+
+def steady_configs(region: Region) -> list[LoopConfig]:
+    """Tiles of a piece of a long row of a loop over elements, if an operand has one element for each row: a thread
+    reads that once, and no element divides its index by the size of a row."""
+    rows = None if rows_of(region).axes else steady_rows(region)
+    size = 0 if rows is None else rows.size.number or 0
+    fits = (tile for tile in (TILE, TILE // 2) if size >= 2 * TILE and -size % tile * LEFT <= size)
+    return [LoopConfig(1, tile, 4, steady=True) for tile in fits][:1] if size & (size - 1) else []
 
 
 def _fills(region: Region, config: LoopConfig) -> bool:
@@ -251,9 +272,10 @@ class LoopWriter:
         rows: Rows | None = None,
     ) -> None:
         self.region, self.config = region, config
-        self.rows = rows or (repeated_rows(region) if config.repeated else None) or rows_of(region)
+        of_pieces = repeated_rows(region) if config.repeated else steady_rows(region) if config.steady else None
+        self.rows = rows or of_pieces or rows_of(region)
         size = self.rows.size.number
-        self.pieces = size // config.elements if size and config.repeated else 1  # of a row
+        self.pieces = -(-size // config.elements) if size and of_pieces else 1  # of a row
         self.program, self.first = program, "0"
         if self.pieces > 1:
             self.program, self.first = f"({program} // {self.pieces})", f"{program} % {self.pieces} * {config.elements}"
@@ -281,6 +303,7 @@ class LoopWriter:
         sizes = {X: self.rows.count, R: constant(config.elements) if config.held else self.rows.size}
         self.emitter = PairEmitter(axes, paired, sizes.get(paired, ONE))
         self.emitter.spread = R if config.held and config.rows > 1 else ""
+        self.emitter.open = R
         types = (value.type for value in region.body.values())
         dims = (dim for type_ in types if isinstance(type_, TensorType) for dim in type_.shape)
         self.count = to_dim(self.rows.count, dims)
@@ -391,7 +414,7 @@ class LoopWriter:
             self._known(reduction, self.emitter.assign(_total(reduction, found), frozenset((X,)), "r"))
 
     def _stepwise(self) -> None:
-        left = list(self.reductions)
+        left, after = list(self.reductions), [*range(len(self.region.outputs))]
         while left:
             ready = [one for one in left if all(inner in self.emitter.reduced for inner in needed(one))]
             online = {below: one for one in left if (below := self._maximum_below(one, ready)) is not None}
@@ -399,15 +422,17 @@ class LoopWriter:
             starts = {one: LOWEST[register(one.dtype)] if one in online else _neutral(one) for one in ready}
             totals = {one: self._accumulator(one, start) for one, start in starts.items()}
             powers = {below: self._accumulator(one, 0) for below, one in online.items()}
-            self._loop(partial(self._accumulate, totals, powers))
+            beside = self._beside(ready, after)
+            after = [at for at in after if at not in beside]
+            self._loop(partial(self._accumulate, totals, powers, beside))
             for reduction, total in totals.items():
                 if reduction in online:
                     self._finish_online(reduction, online[reduction], total, powers[reduction])
                 else:
                     self._known(reduction, self._row(_total(reduction, total)))
         widths: dict[Index, list[int]] = {}
-        for index, output in enumerate(self.region.outputs):
-            widths.setdefault(self._width(output), []).append(index)
+        for index in after:
+            widths.setdefault(self._width(self.region.outputs[index]), []).append(index)
         self._store(widths.pop(ONE, []))
         for width, which in widths.items():
             self._loop(partial(self._store, which, variable(R, width)), width)
@@ -421,7 +446,19 @@ class LoopWriter:
         tile = self.emitter.shape(frozenset((X, R)))
         return self.emitter.assign(f"tl.full({tile}, {literal(start)}, {dtype})", frozenset((X,)), "acc").text
 
-    def _accumulate(self, totals: dict[Reduce, str], powers: dict[Reduce, str]) -> None:
+    def _beside(self, reductions: Sequence[Reduce], left: Sequence[int]) -> list[int]:
+        """The outputs as wide as rows, if the loop of `reductions` has read and computed what they need: storing them
+        there saves a loop of their own."""
+        read, wide = (
+            _loads(one.source for one in reductions),
+            [at for at in left if self._width(self.region.outputs[at]) != ONE],
+        )
+        found = [self.region.outputs[at] for at in wide]
+        known = all(inner in self.emitter.reduced for output in found for inner in needed(output))
+        plain = not any(isinstance(output, Scatter) or self._width(output) != self.rows.size for output in found)
+        return wide if known and plain and _loads(found) <= read else []
+
+    def _accumulate(self, totals: dict[Reduce, str], powers: dict[Reduce, str], beside: list[int]) -> None:
         lines = self.emitter.scope.lines
         for reduction, total in totals.items():
             value = self._masked(reduction, self._source(reduction))
@@ -431,6 +468,7 @@ class LoopWriter:
                 sum_ = powers[reduction]
                 lines.append(f"{sum_} = tl.where({above} > 0, {sum_} * {power} + 1.0, {sum_} + {power})")
             lines.append(f"{total} = {template(REDUCTIONS[reduction.kind].combine).format(total, value)}")
+        self._store(beside)
 
     def _row(self, text: str) -> Operand:
         return self.emitter.assign(text, frozenset((X,)), "r")
@@ -526,6 +564,11 @@ def _operands(tensor: Tensor, op: str) -> tuple[Tensor, ...]:
             if [arg.index for arg in args if isinstance(arg, Arg)] == [*range(len(args))]:
                 return operands
     return ()
+
+
+def _loads(tensors: Iterable[Tensor]) -> set[str]:
+    """The names of the tensors that are read for `tensors`, beyond reductions too."""
+    return {one.name for one in everything(tensors) if isinstance(one, Load)}
 
 
 def _neutral(reduction: Reduce) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, constant, linear, product, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, constant, linear, narrowed, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     Load,
     Pointwise,
@@ -96,6 +96,35 @@ def _rows_of_results(outputs: Sequence[Tensor]) -> Rows:
 def repeated_rows(region: Region) -> Rows | None:
     """The iteration space of a loop over elements as rows along which an operand repeats, as parameters of channels do:
     a tile of several rows reads it once. None if there are none."""
+    found = _order_and_reads(region)
+    if found is None:
+        return None
+    order, read = found
+    for length in range(1, len(order)):
+        outer, axes = order[:-length], tuple(order[-length:])
+        if outer == sorted(outer) and any(one and one <= {*axes} for one in read):
+            return _rows_along(region.outputs[0].shape, outer, axes)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def steady_rows(region: Region) -> Rows | None:
+    """The iteration space of a loop over elements as rows, the longest with an operand of one element for each, as
+    statistics of rows are: a program that has a piece of a row reads it once. None if there are none."""
+    found = _order_and_reads(region)
+    if found is None:
+        return None
+    order, read = found
+    for length in range(len(order) - 1, 0, -1):
+        outer, axes = order[:-length], tuple(order[-length:])
+        if outer == sorted(outer) and any(one and one <= {*outer} for one in read):
+            return _rows_along(region.outputs[0].shape, outer, axes)
+    return None
+
+
+def _order_and_reads(region: Region) -> tuple[list[int], list[set[int]]] | None:
+    """The axes of the results of a loop over elements in the order of memory, and those on which the address of each
+    read depends; None if results lie in several orders."""
     output, sizes = region.outputs[0], [size.number for size in region.outputs[0].shape]
     strides = [stride for stride in region.types[0].strides if isinstance(stride, int)]
     plain = len(strides) == len(sizes) and None not in sizes
@@ -106,12 +135,11 @@ def repeated_rows(region: Region) -> Rows | None:
     names = {f"A{axis}": axis for axis in range(len(sizes))}
     position = tuple(map(variable, names, output.shape))
     addresses = (address for one in region.outputs for address in _addresses(one, position, set()))
-    read = [{names[var.name] for var in address.variables() if var.name in names} for address in addresses]
-    for length in range(1, len(order)):
-        outer, axes = order[:-length], tuple(order[-length:])
-        if outer == sorted(outer) and any(one and one <= {*axes} for one in read):
-            return Rows(_size(output.shape, tuple(outer)), _size(output.shape, axes), output.shape, axes)
-    return None
+    return order, [{names[var.name] for var in address.variables() if var.name in names} for address in addresses]
+
+
+def _rows_along(shape: Shape, outer: Sequence[int], axes: tuple[int, ...]) -> Rows:
+    return Rows(_size(shape, tuple(outer)), _size(shape, axes), shape, axes)
 
 
 def _size(shape: Shape, axes: tuple[int, ...]) -> Index:
@@ -144,7 +172,8 @@ def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Posit
             for arg in tensor.args:
                 yield from _addresses(arg, position, seen)
         case Select():
-            moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
+            inside = zip(position, tensor.starts, tensor.inner.shape, strict=True)
+            moved = tuple(narrowed(at - start, size) for at, start, size in inside)
             yield from _addresses(tensor.inner, moved, seen)
             yield from _addresses(tensor.outer, position, seen)
 

@@ -408,14 +408,17 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     """The time of one kernel and of the split kernels, in us, for `rows` rows of `size` elements in runs of `run`.
 
     Of one kernel: the largest of the latency of its steps, the instructions of its elements, the bytes that it moves,
-    and the sectors that it fetches. A row is read once per level of reductions, and once more for what follows. Loads
-    of less than 8 bytes, and runs that are short, take more of everything.
+    and the sectors that it fetches. A row is read once per level of reductions, and once more for what follows from
+    them. Loads of less than 8 bytes, and runs that are short, take more of everything.
     """
     on, inputs = arch.chip, found.read_types
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
     at_once = config.held or size <= config.elements
-    passes = 1 if at_once else _levels(found.outputs) + after
+    wide = (output for output, type_ in zip(found.outputs, found.types, strict=True) if _elements_in(type_) > rows)
+    passes = 1 if at_once else _levels(found.outputs) + any(_levels([output]) for output in wide)
+    rests = [type_ for type_ in inputs if _elements_in(type_) >= rows * size]
+    vector = gcd(run, 8) if at_once or not rests or not all(_passes(type_, size) for type_ in rests) else 8
     steps = ceil(size / (STEP_ELEMENTS if at_once else config.elements))
     programs = ceil(rows / config.rows)
     waves = ceil(programs / (on.processors * PROGRAMS_PER_PROCESSOR))
@@ -423,7 +426,7 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     short = 1 + RUN_OF_DOUBLE_COST / (config.rows * run)
     touched = rows * size * read * passes + sum(map(_elements_in, found.types))
     instructions = touched * CYCLES_PER_ELEMENT * short / (on.clock * 1e3 * min(programs, on.processors))
-    latency = waves * steps * passes * STEP_US * max(4 // gcd(run, 8), short) * (1 + read) / 2
+    latency = waves * steps * passes * STEP_US * max(4 // vector, short) * (1 + read) / 2
     moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
     whole = [bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size]
     each = min(filter(None, whole), default=4)  # 0 bytes: of what is broadcast
@@ -434,6 +437,14 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
 
 def _elements_in(type_: TensorType) -> int:
     return _elements(type_, range(len(type_.shape)))
+
+
+def _passes(type_: TensorType, size: int) -> bool:
+    """A loop over rows of `size` elements reads whole vectors of the last one, see `whole_vectors`."""
+    *strides, step = type_.strides
+    last = type_.shape[-1]
+    begins = all(isinstance(stride, int) and stride % 8 == 0 for stride in strides)
+    return begins and step == 1 and isinstance(last, int) and last >= -(-size // 8) * 8
 
 
 def _levels(outputs: Iterable[Tensor]) -> int:

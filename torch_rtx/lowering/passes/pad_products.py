@@ -2,23 +2,28 @@
 
 Tensor cores are fed by loads of 16 bytes. Where rows of an operand start in between, a kernel loads element by element,
 and libraries are several times slower still. So the operands are padded by zeros, and the result is cut. The pass pays
-for a copy of each operand that no recipe and no producer pads.
+for a copy of each operand that no recipe and no producer pads. Where the gradient of a layer's result is padded, its
+sums over rows, the gradient of the bias, are those of the padded one: one loop computes the gradient, pads and sums it.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeGuard
 
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
+from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
+from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.rewrite import Rewriter, escaping, from_weights, rewrite
 from torch_rtx.op_work import ANCHORS, PRODUCTS, flops
 
 MULTIPLE = 8  # halves in 16 bytes
+PAD, SUM = "aten.constant_pad_nd.default", "aten.sum.dim_IntList"
+VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
 TRANSPOSES = frozenset(("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"))
 Pads = dict[str, dict[int, int]]  # by operand: elements after the end of each of the last two dimensions
 # Padding saves half of the time of a product, at least. GPUs do 80 to 190 FLOPs on tensor cores per byte of bandwidth.
@@ -30,8 +35,8 @@ def pad_products(graph: Graph, infer: Inference) -> Graph:
     products = [node for node in graph.nodes if node.kind == "op" and ANCHORS.get(node.op) == "gemm"]
     if not any(_sizes(node) for node in products):
         return graph
-    padder = _Padder(graph)
-    return rewrite(graph, infer, padder.visit)
+    padded = rewrite(graph, infer, _Padder(graph).visit)
+    return rewrite(padded, infer, sums.visit) if (sums := _Sums(padded, infer)).pads else padded
 
 
 def _sizes(node: Node) -> tuple[TensorType, TensorType, TensorType] | None:
@@ -121,6 +126,93 @@ class _Padder:
         return self._padded[key]
 
 
+class _Sums:
+    """Sums over all rows of matrices that are padded, and read by nothing else.
+
+    Attributes:
+        pads: by the name of the matrix, the node that pads its rows.
+    """
+
+    def __init__(self, graph: Graph, infer: Inference) -> None:
+        self._root: dict[str, str] = {}
+        readers: dict[str, list[Node]] = {}
+        for node in dce(graph, infer).nodes:  # a transpose that was padded is read by nothing any more
+            source, result = node.arg("self"), node.outputs[0] if node.outputs else None
+            if (
+                node.op in VIEWS
+                and _has_rows(source)
+                and _has_rows(result)
+                and _shape(source)[-1] == _shape(result)[-1]
+            ):
+                self._root[result.name] = self._of(source)
+            else:
+                for value in node.inputs:
+                    readers.setdefault(self._of(value), []).append(node)
+        returned = {self._of(value) for value in attr_values(graph.outputs)}
+        found = {self._of(node.inputs[0]): node for node in graph.nodes if node.op == PAD and _pads_rows(node)}
+        self.pads = {
+            name: pad
+            for name, pad in found.items()
+            if name not in returned
+            and any(_sums_all_rows(node) for node in readers[name])
+            and all(node is pad or _sums_all_rows(node) for node in readers[name])
+        }
+        self._padded: dict[str, Value] = {}
+
+    def visit(self, node: Node, rewriter: Rewriter) -> bool:
+        """Pad before the first sum."""
+        root = self._of(node.inputs[0]) if node.inputs else ""
+        if root not in self.pads or not (node is self.pads[root] or _sums_all_rows(node)):
+            return False
+        pad, source, result = self.pads[root], node.inputs[0], node.outputs[0]
+        assert result is not None
+        if root not in self._padded:
+            (made,) = pad.results
+            shape, matrix = _shape(pad.inputs[0]), rewriter.current(source)
+            if shape != _shape(source):
+                matrix = rewriter.emit(VIEWS[0], node.loc, self=matrix, size=shape)
+            self._padded[root] = rewriter.emit(PAD, pad.loc, (made.type,), **{**dict(pad.args), "self": matrix})
+        if node is pad:
+            rewriter.replace(result, self._padded[root])
+            return True
+        padded, dtype = self._padded[root], node.arg("dtype")
+        total = rewriter.emit(SUM, node.loc, self=padded, dim=(0,), keepdim=False, dtype=dtype)
+        part = rewriter.emit("aten.slice.Tensor", node.loc, self=total, dim=0, start=0, end=_shape(result)[-1])
+        rewriter.replace(result, rewriter.emit(VIEWS[0], node.loc, self=part, size=_shape(result)))
+        return True
+
+    def _of(self, value: Value) -> str:
+        """The matrix of which `value` is a view, with the same rows."""
+        return self._root.get(value.name, value.name)
+
+
+def _has_rows(attr: Attr) -> TypeGuard[Value]:
+    """Rows of a known size follow each other in memory."""
+    type_ = attr.type if isinstance(attr, Value) else None
+    known = isinstance(type_, TensorType) and type_.shape and all(isinstance(size, int) for size in type_.shape)
+    return isinstance(type_, TensorType) and bool(known) and type_.strides == contiguous(type_.shape)
+
+
+def _shape(value: Value) -> tuple[Dim, ...]:
+    assert isinstance(value.type, TensorType)
+    return value.type.shape
+
+
+def _pads_rows(node: Node) -> bool:
+    pad, value = node.arg("pad"), node.arg("value")
+    rows = isinstance(pad, tuple) and len(pad) == 2 and pad[0] == 0 and value in (None, 0)
+    return rows and _is_matrix(node.inputs[0]) and _has_rows(node.inputs[0])
+
+
+def _sums_all_rows(node: Node) -> bool:
+    """`node` adds up the rows of a tensor, over all dimensions but the last one."""
+    if node.op != SUM or not _has_rows(node.inputs[0]) or not _has_rows(node.outputs[0]):
+        return False
+    rank, dims = len(_shape(node.inputs[0])), node.arg("dim")
+    axes = [axis % rank for axis in dims if isinstance(axis, int)] if isinstance(dims, tuple) else []
+    return sorted(axes) == [*range(rank - 1)]
+
+
 def _pad_addend(attr: Attr, shape: tuple[Dim, ...], by: dict[int, int], rewriter: Rewriter) -> Attr:
     """The addend of a product whose result is padded, where it is not broadcast."""
     assert isinstance(attr, Value)
@@ -140,7 +232,7 @@ def _zeros_after(attr: Attr, by: dict[int, int], rewriter: Rewriter) -> Value:
         *lead, last = attr.type.shape
         shape = (*lead[:-1], *(dim_expr("+", size, by[-2]) for size in lead[-1:]), dim_expr("+", last, by[-1]))
         types = (replace(attr.type, shape=shape, strides=contiguous(shape)),)
-    return rewriter.emit("aten.constant_pad_nd.default", None, types, self=attr, pad=pad)
+    return rewriter.emit(PAD, None, types, self=attr, pad=pad)
 
 
 def _is_matrix(value: Value) -> bool:
