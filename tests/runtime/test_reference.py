@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.lowering.kernels.kernel_bodies import body, random_tensor
 from tests.lowering.kernels.test_kernel_ops import sampled
-from torch_rtx.ir import Graph, Node, attr_values
+from torch_rtx.ir import Graph, Node, TensorType, attr_values
 from torch_rtx.runtime import reference
 from torch_rtx.runtime.candidate_check import CandidateCheck
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.independent_axes import cut, families, shape_of
 from torch_rtx.runtime.reference import Calls, Level, Part, in_float64
+from torch_rtx.runtime.streaming import nbytes
 
 CPU = torch.device("cpu")
 NOTHING = Graph("import")
@@ -78,7 +79,12 @@ CALLS = {
     "shared heads": (
         "q: f32[2, 4, 6, 8]\nk: f32[2, 2, 5, 8]\nv: f32[2, 2, 5, 10]\n"
         "y: f32[2, 4, 6, 10] = torch_rtx.attention.default(query=q, key=k, value=v, scale=0.3, enable_gqa=True)",
-        {0, 2, 3},
+        {0, 1, 2, 3},
+    ),
+    "a mask for all": (
+        "q: f32[2, 4, 6, 8]\nk: f32[2, 4, 5, 8]\nm: bool[6, 5]\n"
+        "y: f32[2, 4, 6, 8] = torch_rtx.attention.default(query=q, key=k, value=k, attn_mask=m, scale=0.3)",
+        {0, 1, 2},
     ),
     "causal": (
         "q: f32[2, 4, 6, 8]\nk: f32[2, 4, 6, 8]\nv: f32[2, 4, 6, 8]\n"
@@ -197,6 +203,7 @@ y: H[3, 24, 16] = view.default(self=c, size=[3, 24, 16])
 return y""",
         [(0,)],
     ),
+    "a large product": ("x: H[96, 10]\nw: H[10, 96]\ny: H[96, 96] = mm.default(self=x, mat2=w)\nreturn y", [(0,)]),
     "a mask of positions": (
         """x: H[30, 40]
 r: i64[30] = arange.default(end=30, device='main')
@@ -316,3 +323,50 @@ def test_small_regions_are_not_cut() -> None:
     for name in REGIONS:
         check = CandidateCheck(kernel_of(name), CPU)
         assert [part.levels for part in check._parts] == [()]
+
+
+def test_one_tensor_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row that is summed there are no pieces; of filters there are a few, though the image does not fit."""
+    monkeypatch.setattr(reference, "BUDGET", SMALL)
+    row = body("x: f16[1, 4096]\ny: f16[1] = sum.dim_IntList(self=x, dim=[1])\nreturn y")
+    image = body(
+        "x: f16[1, 8, 32, 32]\nw: f16[16, 8, 3, 3]\ny: f16[1, 16, 30, 30] = conv2d.default(input=x, weight=w)\nreturn y"
+    )
+    counts = []
+    for graph in (row, image):
+        given = tuple((value.name, value) for value in graph.inputs)
+        check = CandidateCheck(Node("kernel", "k", given, tuple(attr_values(graph.outputs)), graph), CPU)
+        counts.append(len(list(check._pieces(wide=True))))
+        assert check.problem(check.code({})) is None
+    assert counts[0] == 1
+    assert 1 < counts[1] <= 8
+
+
+@pytest.mark.gpu
+def test_memory_of_a_check() -> None:
+    """Beside inputs and results in their dtypes, a check of logits and one of attention need little memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    texts = (
+        "x: f16[512, 1024]\nw: f16[65536, 1024]\ny: f16[512, 65536] = linear.default(input=x, weight=w)\nreturn y",
+        "q: f16[4, 16, 2048, 64]\nk: f16[4, 16, 2048, 64]\nv: f16[4, 16, 2048, 64]\ny: f16[4, 16, 2048, 64] = "
+        "scaled_dot_product_attention.default(query=q, key=k, value=v, is_causal=True)\nreturn y",
+    )
+    for text in texts:
+        graph = body(text)
+        outputs = tuple(attr_values(graph.outputs))
+        given = tuple((value.name, value) for value in graph.inputs)
+        types = [value.type for value in (*graph.inputs, *outputs)]
+        own = sum(nbytes(type_) for type_ in types if isinstance(type_, TensorType))
+        torch.mm(torch.ones(8, 8, device=device), torch.ones(8, 8, device=device))  # a workspace of the library
+        torch.mm(*(torch.ones(8, 8, device=device, dtype=torch.float64) for _ in range(2)))
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        check = CandidateCheck(Node("kernel", "k", given, outputs, graph), device)
+        right = compile_graph(graph, device)(check._given(), ())
+        assert check.problem(lambda *_, right=right: right) is None  # type: ignore[misc,arg-type]
+        more = torch.cuda.max_memory_allocated(device) - before - own
+        piece = max(part.bytes for part in check._parts)
+        assert piece <= reference.MORE * reference.BUDGET
+        assert more < piece + reference.BUDGET
+        assert check.problem(lambda *_, right=right: [1.1 * right[0]]) is not None  # type: ignore[misc,arg-type]
+        del check, right

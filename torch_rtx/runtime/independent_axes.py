@@ -364,8 +364,9 @@ def _convolution(call: _Call) -> Iterator[Together]:
 
 def _attention(call: _Call) -> Iterator[Together]:
     """Batches and heads; queries, unless their positions count; and columns of the values."""
-    query, value, made = call.get("query"), call.get("value"), call.results[0]
+    query, key, value, made = call.get("query"), call.get("key"), call.get("value"), call.results[0]
     assert query is not None
+    assert key is not None
     assert value is not None
     rank = len(query.shape)
     tensors = [one for one in (*call.operands, *call.results) if math.prod(one.shape)]  # all that is asked for
@@ -373,11 +374,13 @@ def _attention(call: _Call) -> Iterator[Together]:
     if call.node.op in (ATTENTION_FORWARD, ATTENTION_BACKWARD):
         short += [one for one in call.results if len(one.shape) == rank - 1]
     for axis in range(rank - 2):
+        # Heads of queries that share one of keys follow each other.
+        sizes = {query.shape[axis], *key.shape[axis - rank : axis - rank + 1]} - {1}
         places = [(one, len(one.shape) + axis - rank + (one in short)) for one in tensors]
-        places = [(one, at) for one, at in places if at >= 0 and one.shape[at] == query.shape[axis]]
-        left = [one for one in tensors if one not in [given for given, _ in places]]
-        if all(one in call.operands and one.shape[axis - rank :][:1] in ((), (1,)) for one in left):
-            yield places
+        widths = [one.shape[at] if at >= 0 else 1 for one, at in places]
+        is_shared = [width == 1 and one in call.operands for width, one in zip(widths, tensors, strict=True)]
+        if all(width in sizes or shared for width, shared in zip(widths, is_shared, strict=True)):
+            yield [place for place, width in zip(places, widths, strict=True) if width in sizes]
     if call.node.op == ATTENTION_BACKWARD or call.node.outputs[0] is None:
         return
     yield [(made, rank - 1), (value, rank - 1)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, permutations
 
 import torch
 
@@ -26,7 +26,8 @@ from torch_rtx.runtime.inline import inline_kernels
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 BUDGET = 64 << 20  # bytes that float64 may take; a region that takes less is one piece
 SCORES = 3  # times that an attention holds its scores in float64
-LEVELS = 4  # at which pieces are cut again
+MANY, MORE = 512, 4  # pieces, above which these get so many times the memory: each takes its launches
+LEVELS, WORTH = 3, 0.9  # at which pieces are cut again, where that leaves a smaller share of their bytes
 Place = tuple[slice, ...]
 
 
@@ -137,7 +138,7 @@ def parts_of(graph: Graph) -> list[Part]:
         return [whole]
     flat, positions = _explicit(flat), whole.positions
     together = _part(flat, positions)
-    if together.bytes <= BUDGET or len(positions) == 1:
+    if together.bytes <= MORE * BUDGET or len(positions) == 1:
         return [together if together.levels else whole]
     alone = [_part(flat, (position,)) for position in positions]
     if max(part.bytes for part in alone) < together.bytes:
@@ -145,38 +146,97 @@ def parts_of(graph: Graph) -> list[Part]:
     return [together if together.levels else whole]
 
 
+Cuts = list[tuple[Family, int]]  # from the outside in: families, and how many units a piece has
+
+
 def _part(flat: Graph, positions: tuple[int, ...]) -> Part:
     """These results of `flat`, in pieces as large as may be."""
     graph, constants = _split(flat, positions)
-    levels, size = list[Level](), wide_bytes(graph)
-    while size > BUDGET and len(levels) < LEVELS:
-        best = min((_fitted(graph, family) for family in families(graph, _results(graph))), default=None, key=_order)
-        if best is None or best[2] >= 0.9 * size:
-            break
-        family, units, size = best
-        named = {value.name: value for value in (*graph.inputs, *_results(graph))}
-        axes = {(name, axis): named[name] for name, axis in family.axes.items() if name in named}
-        levels.append(Level(family, units, {a: shape_of(value)[a[1]] // family.units for a, value in axes.items()}))
+    cuts = _cuts(graph, BUDGET)
+    if _count(cuts) > MANY:
+        cuts = _cuts(graph, MORE * BUDGET)
+    levels = []
+    for family, units in cuts:
+        shapes = {value.name: shape_of(value) for value in (*graph.inputs, *_results(graph))}
+        axes = [(name, axis) for name, axis in family.axes.items() if name in shapes]
+        levels.append(Level(family, units, {(n, axis): shapes[n][axis] // family.units for n, axis in axes}))
         graph = cut(graph, family, units)
-    return Part(graph, positions, tuple(levels), constants, size)
+    return Part(graph, positions, tuple(levels), constants, wide_bytes(graph))
 
 
-def _fitted(graph: Graph, family: Family) -> tuple[Family, int, int]:
-    """How many units of a family fit, and their bytes. Where one does not, others have to be cut as well: so many that
-    they take a good part of the memory."""
-    least = wide_bytes(cut(graph, family, 1))
-    limit = max(BUDGET, least + BUDGET // 4)
-    low, high = 1, family.units  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if wide_bytes(cut(graph, family, middle)) <= limit else (low, middle)
-    return family, low, wide_bytes(cut(graph, family, low))
+def _cuts(graph: Graph, budget: int) -> Cuts:
+    """The cuts of `graph` that give the fewest pieces; pieces that are about the smallest, if none fit."""
+    if wide_bytes(graph) <= budget:
+        return []
+    alone = [_grown(graph, [(family, 0)], [0], budget) for family in families(graph, _results(graph))]
+    fitting = [cuts for cuts in alone if cuts[0][1]]
+    return min(fitting, key=_count) if fitting else _nested(graph, budget)
 
 
-def _order(found: tuple[Family, int, int]) -> tuple[float, ...]:
-    """The fewest pieces of those that fit, else the smallest."""
-    family, units, size = found
-    return (0, family.units / units) if size <= BUDGET else (1, size)
+def _nested(graph: Graph, budget: int) -> Cuts:
+    """Cuts along several axes: from the smallest pieces to larger ones, in the order that gives the fewest."""
+    cuts: Cuts = []
+    inner, size = graph, wide_bytes(graph)
+    while size > budget and len(cuts) < LEVELS:
+        small = [(wide_bytes(cut(inner, family, 1)), family) for family in families(inner, _results(inner))]
+        least, family = min(small, key=lambda pair: pair[0], default=(size, None))
+        if family is None or least >= WORTH * size:
+            break
+        cuts.append((family, 1))
+        inner, size = cut(inner, family, 1), least
+    budget = max(budget, int(size / WORTH))  # of pieces that do not fit, the smallest would be too many
+    inputs = {value.name: _wide(value) for value in graph.inputs}
+    # Inputs that the innermost does not cut are made float64 once for all pieces along it.
+    by_size = sorted(cuts, key=lambda pair: -sum(inputs.get(name, 0) for name in pair[0].axes))
+    for one in (by_size, cuts):
+        starts = (one, _doubled(graph, one, budget))
+        grown = [_grown(graph, start, order, budget) for start in starts for order in permutations(range(len(one)))]
+        if holding := [found for found in grown if _holds(graph, found)]:
+            return min(holding, key=_count)
+    return cuts
+
+
+def _grown(graph: Graph, cuts: Cuts, order: Sequence[int], budget: int) -> Cuts:
+    """`cuts` with the most units that fit, one after another in this order."""
+    for index in order:
+        family, low = cuts[index]
+        high = family.units + 1  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = wide_bytes(_cut(graph, _with_units(cuts, index, middle))) <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        cuts = _with_units(cuts, index, low)
+    return cuts
+
+
+def _doubled(graph: Graph, cuts: Cuts, budget: int) -> Cuts:
+    """`cuts` with twice the units, as often as these fit."""
+    more = [(family, min(2 * units, family.units)) for family, units in cuts]
+    return _doubled(graph, more, budget) if more != cuts and wide_bytes(_cut(graph, more)) <= budget else cuts
+
+
+def _with_units(cuts: Cuts, index: int, units: int) -> Cuts:
+    return [*cuts[:index], (cuts[index][0], units), *cuts[index + 1 :]]
+
+
+def _cut(graph: Graph, cuts: Cuts) -> Graph:
+    for family, units in cuts:
+        graph = cut(graph, family, units)
+    return graph
+
+
+def _holds(graph: Graph, cuts: Cuts) -> bool:
+    """Each family is one of what those before it leave."""
+    for family, units in cuts:
+        if family not in families(graph, _results(graph)):
+            return False
+        graph = cut(graph, family, units)
+    return True
+
+
+def _count(cuts: Cuts) -> int:
+    """How many pieces there are."""
+    return math.prod(-(-family.units // units) for family, units in cuts)
 
 
 def _split(flat: Graph, positions: Sequence[int]) -> tuple[Graph, Graph]:
