@@ -470,15 +470,15 @@ def test_rows_that_end_within_a_vector(pitch: int, reads_vectors: bool) -> None:
 
 
 STEADY = """
-x: H[6, 2, 2541]
-m: H[12, 1]
-r: i64[12, 1]
-v: H[12, 2541] = view.default(self=x, size=[12, 2541])
-d: H[12, 2541] = sub.Tensor(self=v, other=m)
-z: H[12, 2541] = full.default(size=[12, 2541], fill_value=0.0, dtype='DTYPE', device='main')
-h: H[12, 2541] = scatter.value(self=z, dim=1, index=r, value=2.0)
-e: H[12, 2541] = add.Tensor(self=d, other=h)
-y: H[12, 2544] = constant_pad_nd.default(self=e, pad=[0, 3], value=7.0)
+x: H[27, 2, 2541]
+m: H[54, 1]
+r: i64[54, 1]
+v: H[54, 2541] = view.default(self=x, size=[54, 2541])
+d: H[54, 2541] = sub.Tensor(self=v, other=m)
+z: H[54, 2541] = full.default(size=[54, 2541], fill_value=0.0, dtype='DTYPE', device='main')
+h: H[54, 2541] = scatter.value(self=z, dim=1, index=r, value=2.0)
+e: H[54, 2541] = add.Tensor(self=d, other=h)
+y: H[54, 2544] = constant_pad_nd.default(self=e, pad=[0, 3], value=7.0)
 return y"""
 
 
@@ -492,3 +492,20 @@ def test_what_a_row_has_once_is_read_once_for_a_piece_of_it(dtype: str) -> None:
     assert "tl.load(m + (X))" in kernel.source
     assert "tl.load(r + (X))" in kernel.source
     assert "//" not in kernel.source.partition("R = ")[2].partition("\n")[2]  # no element divides its index
+
+
+@pytest.mark.parametrize("strides", ["(199680, 3072, 64, 1)", "(199680, 3072, 1, 48)"])
+def test_channels_that_do_not_follow_each_other_are_steady_rows(strides: str) -> None:
+    text = f"""
+x: H[1, 65, 48, 64]{strides}
+w: H[65, 1, 1]
+b: H[65, 1, 1]
+m: H[1, 65, 48, 64]{strides} = mul.Tensor(self=x, other=w)
+y: H[1, 65, 48, 64]{strides} = add.Tensor(self=m, other=b)
+return y"""
+    config = loop_configs(region(body(text)))[0]
+    assert config == LoopConfig(1, 1024, 4, steady=True)
+    kernel = check(text, loop_kernel, config)
+    assert "tl.load(w + (X))" in kernel.source
+    few = region(body(text.replace("65", "40").replace("199680", "122880")))
+    assert not loop_configs(few)[0].steady  # of many short programs

@@ -195,12 +195,15 @@ def repeated_configs(region: Region) -> list[LoopConfig]:
 
 
 def steady_configs(region: Region) -> list[LoopConfig]:
-    """Tiles of a piece of a long row of a loop over elements, if an operand has one element for each row: a thread
+    """Tiles of a piece of a long row of a loop over many elements, if an operand has one element for each row: a thread
     reads that once, and no element divides its index by the size of a row."""
     rows = None if rows_of(region).axes else steady_rows(region)
     size = 0 if rows is None else rows.size.number or 0
-    fits = (tile for tile in (TILE, TILE // 2) if size >= 2 * TILE and -size % tile * LEFT <= size)
-    return [LoopConfig(1, tile, 4, steady=True) for tile in fits][:1] if size & (size - 1) else []
+    if rows is None or size < 2 * TILE or size & (size - 1) == 0:
+        return []
+    many = (rows.count.number or inf) * size >= TYPICAL_PROCESSORS * TILE
+    fits = (tile for tile in (TILE, TILE // 2) if many and -size % tile * LEFT <= size)
+    return [LoopConfig(1, tile, 4, steady=True) for tile in fits][:1]
 
 
 def _fills(region: Region, config: LoopConfig) -> bool:
@@ -233,7 +236,7 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[PartFunction, Dim
     writer = LoopWriter(region, config, PROGRAM, "size")
     source = part_source(region, writer.write(), writer.functions)
     pointers = tuple(type_.dtype for type_ in region.memory_types)
-    aligned = config.repeated or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
+    aligned = config.repeated or config.steady or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
     shape = config.program_rows, writer.pieces, aligned
     return PartFunction(source, pointers, config.num_warps, writer.num_stages, *shape), writer.count
 
