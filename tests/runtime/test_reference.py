@@ -35,6 +35,16 @@ CALLS = {
     "maximum": ("x: f32[4, 3, 6]\ny: f32[4, 3, 1] = amax.default(self=x, dim=[-1], keepdim=True)", {0, 1}),
     "statistics": ("x: f32[4, 6]\ny: f32[4], z: f32[4] = var_mean.correction(self=x, dim=[1], correction=0)", {0}),
     "softmax": ("x: f32[4, 6]\ny: f32[4, 6] = _softmax.default(self=x, dim=1, half_to_float=False)", {0}),
+    "normalized": (
+        "x: f32[2, 4, 3, 6]\nw: f32[3, 6]\ny: f32[2, 4, 3, 6] = "
+        "layer_norm.default(input=x, normalized_shape=[3, 6], weight=w, bias=None, eps=1e-5)",
+        {0, 1},
+    ),
+    "groups": (
+        "x: f32[2, 12, 5]\nw: f32[12]\ny: f32[2, 12, 5] = group_norm.default(input=x, num_groups=4, weight=w)",
+        {0, 1},
+    ),
+    "one group": ("x: f32[2, 12, 5]\ny: f32[2, 12, 5] = group_norm.default(input=x, num_groups=1)", {0}),
     "rows merged": ("x: f32[4, 3, 6]\ny: f32[12, 6] = view.default(self=x, size=[12, 6])", {0, 1}),
     "rows split": ("x: f32[12, 6]\ny: f32[4, 3, 3, 2] = view.default(self=x, size=[4, 3, 3, 2])", {0, 2}),
     "rows of one": ("x: f32[1, 4, 6]\ny: f32[4, 6] = view.default(self=x, size=[4, 6])", {0, 1}),
