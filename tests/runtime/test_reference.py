@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.lowering.kernels.kernel_bodies import body, random_tensor
 from tests.lowering.kernels.test_kernel_ops import sampled
+from torch_rtx.errors import RtxError
 from torch_rtx.ir import Graph, Node, TensorType, attr_values
 from torch_rtx.runtime import reference
 from torch_rtx.runtime.candidate_check import CandidateCheck
@@ -350,6 +352,25 @@ def test_one_tensor_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check.problem(check.code({})) is None
     assert counts[0] == 1
     assert 1 < counts[1] <= 8
+
+
+def test_memory_that_a_check_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and results as they are, and a piece: twice as much has to be free, or kept by the allocator."""
+    monkeypatch.setattr(reference, "BUDGET", SMALL)
+    check = CandidateCheck(kernel_of("logits"), CPU)
+    monkeypatch.setattr(check, "device", torch.device("cuda", 0))
+    need = 2 * (3 * 5 * 8 + 40 * 8 + 3 * 5 * 40) + max(part.bytes for part in check._parts)
+    for free, kept, fits in (
+        (2 * need, 0, True),
+        (2 * need - 2, 0, False),
+        (need, need, True),
+        (need, need - 2, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, kept=kept: kept + 100)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+        with nullcontext() if fits else pytest.raises(RtxError, match="checking it needs"):
+            check._check_memory()
 
 
 @pytest.mark.gpu
