@@ -366,11 +366,10 @@ def _convolution(call: _Call) -> Iterator[Together]:
 
 
 def _attention(call: _Call) -> Iterator[Together]:
-    """Batches and heads; queries, unless their positions count; and columns of the values."""
-    query, key, value, made = call.get("query"), call.get("key"), call.get("value"), call.results[0]
+    """Batches and heads; in inference also queries, unless their positions count."""
+    query, key = call.get("query"), call.get("key")
     assert query is not None
     assert key is not None
-    assert value is not None
     rank = len(query.shape)
     tensors = [one for one in (*call.operands, *call.results) if math.prod(one.shape)]  # all that is asked for
     short = [*call.given.get("logsumexp", ())]  # without a last axis
@@ -384,13 +383,12 @@ def _attention(call: _Call) -> Iterator[Together]:
         is_shared = [width == 1 and one in call.operands for width, one in zip(widths, tensors, strict=True)]
         if all(width in sizes or shared for width, shared in zip(widths, is_shared, strict=True)):
             yield [place for place, width in zip(places, widths, strict=True) if width in sizes]
-    if call.node.op == ATTENTION_BACKWARD or call.node.outputs[0] is None:
+    if call.node.op in (ATTENTION_FORWARD, ATTENTION_BACKWARD):
         return
-    yield [(made, rank - 1), (value, rank - 1)]
     if call.arg("is_causal") is not True and not call.node.arg("band"):
         masks = [one for name in ("attn_mask", "bias", "sink") for one in call.given.get(name, ())]
         masks = [one for one in masks if one.shape[-2:-1] == query.shape[-2:-1]]
-        yield [(one, len(one.shape) - 2 + (one in short)) for one in (query, *masks, *call.results)]
+        yield [(one, len(one.shape) - 2) for one in (query, *masks, *call.results)]
 
 
 def _sampled(call: _Call) -> Iterator[Together]:
