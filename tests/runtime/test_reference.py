@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.lowering.kernels import test_kernel_attention_backward as backward
 from tests.lowering.kernels.kernel_bodies import body, random_tensor
 from tests.lowering.kernels.test_kernel_ops import sampled
+from torch_rtx.errors import RtxError
 from torch_rtx.ir import Graph, Node, TensorType, attr_values
 from torch_rtx.runtime import reference
+from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.candidate_check import CandidateCheck
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.independent_axes import cut, families, shape_of
@@ -35,6 +39,16 @@ CALLS = {
     "maximum": ("x: f32[4, 3, 6]\ny: f32[4, 3, 1] = amax.default(self=x, dim=[-1], keepdim=True)", {0, 1}),
     "statistics": ("x: f32[4, 6]\ny: f32[4], z: f32[4] = var_mean.correction(self=x, dim=[1], correction=0)", {0}),
     "softmax": ("x: f32[4, 6]\ny: f32[4, 6] = _softmax.default(self=x, dim=1, half_to_float=False)", {0}),
+    "normalized": (
+        "x: f32[2, 4, 3, 6]\nw: f32[3, 6]\ny: f32[2, 4, 3, 6] = "
+        "layer_norm.default(input=x, normalized_shape=[3, 6], weight=w, bias=None, eps=1e-5)",
+        {0, 1},
+    ),
+    "groups": (
+        "x: f32[2, 12, 5]\nw: f32[12]\ny: f32[2, 12, 5] = group_norm.default(input=x, num_groups=4, weight=w)",
+        {0, 1},
+    ),
+    "one group": ("x: f32[2, 12, 5]\ny: f32[2, 12, 5] = group_norm.default(input=x, num_groups=1)", {0}),
     "rows merged": ("x: f32[4, 3, 6]\ny: f32[12, 6] = view.default(self=x, size=[12, 6])", {0, 1}),
     "rows split": ("x: f32[12, 6]\ny: f32[4, 3, 3, 2] = view.default(self=x, size=[4, 3, 3, 2])", {0, 2}),
     "rows of one": ("x: f32[1, 4, 6]\ny: f32[4, 6] = view.default(self=x, size=[4, 6])", {0, 1}),
@@ -79,7 +93,7 @@ CALLS = {
     "shared heads": (
         "q: f32[2, 4, 6, 8]\nk: f32[2, 2, 5, 8]\nv: f32[2, 2, 5, 10]\n"
         "y: f32[2, 4, 6, 10] = torch_rtx.attention.default(query=q, key=k, value=v, scale=0.3, enable_gqa=True)",
-        {0, 1, 2, 3},
+        {0, 1, 2},
     ),
     "a mask for all": (
         "q: f32[2, 4, 6, 8]\nk: f32[2, 4, 5, 8]\nm: bool[6, 5]\n"
@@ -89,7 +103,7 @@ CALLS = {
     "causal": (
         "q: f32[2, 4, 6, 8]\nk: f32[2, 4, 6, 8]\nv: f32[2, 4, 6, 8]\n"
         "y: f32[2, 4, 6, 8] = scaled_dot_product_attention.default(query=q, key=k, value=v, is_causal=True)",
-        {0, 1, 3},
+        {0, 1},
     ),
     "shuffled": (
         "x: f32[2, 3, 8, 2, 2]\ny: f32[2, 3, 2, 4, 4] = pixel_shuffle.default(self=x, upscale_factor=2)",
@@ -162,6 +176,14 @@ def test_calls(name: str) -> None:
     (output,) = attr_values(graph.outputs)
     assert {family.axes[output.name] for family in families(graph, [output])} == axes
     assert bool(assert_cut_right(graph, drawn(graph))) == bool(axes)
+
+
+@pytest.mark.parametrize("name", ["mask of keys", "shared heads, causal", "a mask and a bias"])
+def test_attention_of_training(name: str) -> None:
+    call = backward.CALLS[name]
+    for text in (call.forward(), call.backward()):
+        graph = bind(body(text, "f32"), backward.SIZES if call.dim else {})
+        assert assert_cut_right(graph, drawn(graph)) or name.startswith("shared heads")
 
 
 # Regions, with the results that are computed together.
@@ -340,6 +362,25 @@ def test_one_tensor_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check.problem(check.code({})) is None
     assert counts[0] == 1
     assert 1 < counts[1] <= 8
+
+
+def test_memory_that_a_check_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and results as they are, and a piece: twice as much has to be free, or kept by the allocator."""
+    monkeypatch.setattr(reference, "BUDGET", SMALL)
+    check = CandidateCheck(kernel_of("logits"), CPU)
+    monkeypatch.setattr(check, "device", torch.device("cuda", 0))
+    need = 2 * (3 * 5 * 8 + 40 * 8 + 3 * 5 * 40) + max(part.bytes for part in check._parts)
+    for free, kept, fits in (
+        (2 * need, 0, True),
+        (2 * need - 2, 0, False),
+        (need, need, True),
+        (need, need - 2, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, kept=kept: kept + 100)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+        with nullcontext() if fits else pytest.raises(RtxError, match="checking it needs"):
+            check._check_memory()
 
 
 @pytest.mark.gpu

@@ -51,6 +51,7 @@ def families(graph: Graph, results: Iterable[Value]) -> list[Family]:
     nothing else."""
     root: dict[Axis, Axis] = {}
     whole = set[Axis]()
+    sizes = {value.name: shape_of(value) for value in graph.values()}
 
     def find(axis: Axis) -> Axis:
         while (up := root.setdefault(axis, axis)) != axis:
@@ -63,15 +64,15 @@ def families(graph: Graph, results: Iterable[Value]) -> list[Family]:
         for together in _rule(call):
             places = [(one, axis) for one, axis in together if one.shape[axis] > 1]
             covered.update((id(one), axis) for one, axis in places)
+            sizes |= {one.name: one.shape for one, _ in places}
             for (one, a), (other, b) in pairwise(places):
                 root[find((one.name, a))] = find((other.name, b))
         for one in (*call.operands, *call.results):
             whole.update((one.name, axis) for axis in range(len(one.shape)) if (id(one), axis) not in covered)
-    sizes = {value.name: shape_of(value) for value in graph.values()}
     mixed, members = {find(axis) for axis in whole if sizes[axis[0]][axis[1]] > 1}, dict[Axis, list[Axis]]()
-    for value in graph.values():
-        for axis in range(len(shape_of(value))):
-            members.setdefault(find((value.name, axis)), []).append((value.name, axis))
+    for name, shape in sizes.items():
+        for axis in range(len(shape)):
+            members.setdefault(find((name, axis)), []).append((name, axis))
     found = []
     for key, axes in members.items():
         family = dict(axes)
@@ -102,6 +103,8 @@ def cut(graph: Graph, family: Family, units: int) -> Graph:
             assert outputs[0] is not None
             sizes = shape_of(outputs[0])
             args = tuple((key, sizes if _is_size(n.op, key) else attr) for key, attr in args)
+            if family.axes[n.results[0].name] == 1 and isinstance(groups := n.arg("num_groups"), int):
+                args = tuple((key, groups // family.units * units if key == "num_groups" else a) for key, a in args)
             if _name(n.op).startswith("squeeze"):  # which would drop an axis of one unit, too
                 return replace(n, op=VIEW, args=(args[0], ("size", sizes)), outputs=outputs)
         return replace(n, args=args, outputs=outputs)
@@ -363,11 +366,10 @@ def _convolution(call: _Call) -> Iterator[Together]:
 
 
 def _attention(call: _Call) -> Iterator[Together]:
-    """Batches and heads; queries, unless their positions count; and columns of the values."""
-    query, key, value, made = call.get("query"), call.get("key"), call.get("value"), call.results[0]
+    """Batches and heads; in inference also queries, unless their positions count."""
+    query, key = call.get("query"), call.get("key")
     assert query is not None
     assert key is not None
-    assert value is not None
     rank = len(query.shape)
     tensors = [one for one in (*call.operands, *call.results) if math.prod(one.shape)]  # all that is asked for
     short = [*call.given.get("logsumexp", ())]  # without a last axis
@@ -381,13 +383,12 @@ def _attention(call: _Call) -> Iterator[Together]:
         is_shared = [width == 1 and one in call.operands for width, one in zip(widths, tensors, strict=True)]
         if all(width in sizes or shared for width, shared in zip(widths, is_shared, strict=True)):
             yield [place for place, width in zip(places, widths, strict=True) if width in sizes]
-    if call.node.op == ATTENTION_BACKWARD or call.node.outputs[0] is None:
+    if call.node.op in (ATTENTION_FORWARD, ATTENTION_BACKWARD):
         return
-    yield [(made, rank - 1), (value, rank - 1)]
     if call.arg("is_causal") is not True and not call.node.arg("band"):
         masks = [one for name in ("attn_mask", "bias", "sink") for one in call.given.get(name, ())]
         masks = [one for one in masks if one.shape[-2:-1] == query.shape[-2:-1]]
-        yield [(one, len(one.shape) - 2 + (one in short)) for one in (query, *masks, *call.results)]
+        yield [(one, len(one.shape) - 2) for one in (query, *masks, *call.results)]
 
 
 def _sampled(call: _Call) -> Iterator[Together]:
@@ -397,6 +398,24 @@ def _sampled(call: _Call) -> Iterator[Together]:
     assert grid is not None
     yield [(made, 0), (image, 0), (grid, 0)]
     yield [(made, 1), (image, 1)]
+
+
+def _normalized(call: _Call) -> Iterator[Together]:
+    """`layer_norm` and the like: all but the axes that are normalized."""
+    given, dims = call.operands[0], call.arg("normalized_shape")
+    assert isinstance(dims, tuple)
+    for axis in range(len(given.shape) - len(dims)):
+        yield [(one, axis) for one in (given, *call.results)]
+
+
+def _normalized_groups(call: _Call) -> Iterator[Together]:
+    """`group_norm`: images, and channels by whole groups."""
+    given, made, groups = call.operands[0], call.results[0], call.arg("num_groups")
+    assert isinstance(groups, int)
+    yield [(given, 0), (made, 0)]
+    if groups > 1:
+        scales = [(one, 0) for one in call.operands[1:]]
+        yield [(given, 1), (made, 1), *scales, (_Tensor(f"groups of {made.name}", (groups,)), 0)]
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -427,6 +446,8 @@ RULES: dict[str, Rule] = {
     **_names("constant_pad_nd", _padded),
     **_names("embedding", _looked_up),
     **_names("index _unsafe_index index_put _unsafe_index_put", _indexed),
+    **_names("layer_norm rms_norm native_layer_norm", _normalized),
+    **_names("group_norm", _normalized_groups),
     **_names("grid_sampler grid_sampler_2d grid_sampler_3d", _sampled),
 }
 SPATIAL = re.compile(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count, permutations
 
 import torch
@@ -22,6 +23,7 @@ from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.independent_axes import Axis, Family, cut, families, is_constant, shape_of
 from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.targets import ALIGNMENT
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 BUDGET = 64 << 20  # bytes that float64 may take; a region that takes less is one piece
@@ -136,25 +138,30 @@ def parts_of(graph: Graph) -> list[Part]:
     whole = _whole(graph, flat)
     if whole.bytes <= BUDGET or any(node.kind != "op" for node in flat.nodes):
         return [whole]
-    flat, positions = _explicit(flat), whole.positions
-    together = _part(flat, positions)
-    if together.bytes <= MORE * BUDGET or len(positions) == 1:
-        return [together if together.levels else whole]
-    alone = [_part(flat, (position,)) for position in positions]
-    if max(part.bytes for part in alone) < together.bytes:
-        return alone
-    return [together if together.levels else whole]
+    return [*_cut_parts(flat, BUDGET)] or [whole]
+
+
+@lru_cache(maxsize=64)  # all candidates of a region are checked one after another
+def _cut_parts(flat: Graph, budget: int) -> Sequence[Part]:
+    """The parts of a graph without kernel nodes; none: it has to be computed at once."""
+    flat, positions = _explicit(flat), tuple(range(len(flat.outputs)))
+    together = _part(flat, positions, budget)
+    if together.bytes > MORE * budget and len(positions) > 1:
+        alone = [_part(flat, (position,), budget) for position in positions]
+        if max(part.bytes for part in alone) < together.bytes:
+            return alone
+    return [together] if together.levels else []
 
 
 Cuts = list[tuple[Family, int]]  # from the outside in: families, and how many units a piece has
 
 
-def _part(flat: Graph, positions: tuple[int, ...]) -> Part:
+def _part(flat: Graph, positions: tuple[int, ...], budget: int) -> Part:
     """These results of `flat`, in pieces as large as may be."""
     graph, constants = _split(flat, positions)
-    cuts = _cuts(graph, BUDGET)
+    cuts = _cuts(graph, budget)
     if _count(cuts) > MANY:
-        cuts = _cuts(graph, MORE * BUDGET)
+        cuts = _cuts(graph, MORE * budget)
     levels = []
     for family, units in cuts:
         shapes = {value.name: shape_of(value) for value in (*graph.inputs, *_results(graph))}
@@ -205,7 +212,10 @@ def _grown(graph: Graph, cuts: Cuts, order: Sequence[int], budget: int) -> Cuts:
             middle = (low + high) // 2
             fits = wide_bytes(_cut(graph, _with_units(cuts, index, middle))) <= budget
             low, high = (middle, high) if fits else (low, middle)
-        cuts = _with_units(cuts, index, low)
+        even = (
+            low - low % ALIGNMENT if ALIGNMENT < low < family.units else low
+        )  # libraries are faster, or have no others
+        cuts = _with_units(cuts, index, even)
     return cuts
 
 
