@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,9 @@ class Compiler:
         self.chips.append(chip)
         return {name: Candidate(Tactic("library", 1.0), first) for name, (_, first) in bodies.items()}
 
+    def some(self, bodies: Bodies, *given: Any) -> Mapping[str, Candidate | None]:
+        return self.build(bodies, *given[:4])
+
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[RuntimeCache]:
@@ -131,7 +135,11 @@ def test_shipped_kernels_serve_where_nothing_can_be_compiled(cache: RuntimeCache
     measured(cache)
     known = TuningDatabase(89, Compiler(broken=True), lambda: cache)
     assert known.figures == FOUND
-    assert known.candidates({"r": (BODY, 0), "other": (BODY, 1)}).keys() == {"r"}
+    both = {"r": (BODY, 0), "other": (BODY, 1)}
+    assert known.candidates(both).keys() == {"r"}
+    found = known.compiled(both, [])
+    assert found["r"] is not None
+    assert (found["r"].rank, found["other"]) == (0, None)
     with pytest.raises(KernelError, match="nothing is compiled"):
         known.candidates({"other": (BODY, 1)})
 

@@ -34,7 +34,7 @@ from torch_rtx.runtime.background import BACKGROUND, Background, Progress, Work
 from torch_rtx.runtime.candidate_check import CandidateCheck, relative_error
 from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.session import Session
-from torch_rtx.runtime.tuning_db import KERNEL, TACTIC
+from torch_rtx.runtime.tuning_db import KERNEL, TACTIC, name_of
 from torch_rtx.runtime.variant import PORTABLE, REFERENCE, SPECIALIZED, Region
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 from torch_rtx.tactics import KernelTable
@@ -1176,3 +1176,24 @@ def test_kin_are_measured_once(background: Background, wrong: str | None) -> Non
     choices = {region.key: region.choice for region in again.specializer.base.regions}
     assert choices[measured.key] == measured.choice
     assert wrong or choices[other.key] == measured.choice
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_what_is_measured_next_compiles_meanwhile(background: Background, seconds: float) -> None:
+    """While the first kernels are checked, those of the next ranks compile, but not of kernels inside of others."""
+    device, later = Device(), list[tuple[str, int]]()
+    some = device.some
+
+    def noted(*given: Any) -> Any:
+        later.extend((name, rank) for name, _, rank in given[-1])
+        return some(*given)
+
+    device.some = noted  # type: ignore[method-assign]
+    made, model = session(device, background, replace(LAZY, tuning_seconds=seconds))
+    right(made, model)
+    assert made.specializer.wait(60)
+    whole = {node.op for node in made.graph.nodes}
+    regions = [region for region in made.specializer.base.regions if not whole.isdisjoint(region.ops)]
+    assert 0 < len(regions) < len(made.specializer.base.regions)
+    wanted = [(name_of(region.key), rank) for rank in (1, 2) for region in regions]
+    assert later[: len(wanted)] == (wanted if seconds else [])

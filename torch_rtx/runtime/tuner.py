@@ -222,16 +222,19 @@ class Tuner:
             elif not self.is_native(region):
                 wanted[region.key] = region.body, 0
         by_key = {region.key: region for region in regions}
-        for key, candidate in self.arriving(wanted):
+        is_measured = not self.generic and self.of.settings.tuning_seconds > 0
+        whole = [region for region in regions if is_measured and self.nodes_of(region)]
+        then = [(region.key, region.body, rank) for rank in (1, 2) for region in whole if region.choice is None]
+        for key, candidate in self.arriving(wanted, then):
             region = by_key[key]
             if region.choice is not None and region.choice.rank != (candidate and candidate.rank):
                 region.choice = None  # the tactic that won can't be built here
             if candidate is not None:
                 self.try_first(region, candidate)
 
-    def arriving(self, wanted: Bodies) -> Iterator[tuple[str, Candidate | None]]:
+    def arriving(self, wanted: Bodies, then: Later = ()) -> Iterator[tuple[str, Candidate | None]]:
         """What the database has or compiles of `wanted`, as soon as it is there; None: no tactic fits. Others compile
-        while the caller works on one.
+        while the caller works on one, and last those of `then`, which the caller will want next.
 
         Raises:
             KernelError: nothing can be compiled here.
@@ -242,7 +245,7 @@ class Tuner:
         left = {key: entry for key, entry in wanted.items() if key not in made}
         while made or left:
             if not made:
-                later = [(key, *entry) for key, entry in islice(left.items(), WINDOW, LATER)]
+                later = [(key, *entry) for key, entry in islice(left.items(), WINDOW, LATER)] or then[:LATER]
                 made = self.compiled(dict(islice(left.items(), WINDOW)), later)
             for key, candidate in made.items():
                 step()
@@ -348,9 +351,8 @@ class Tuner:
     def tune_launched(self, regions: Sequence[Region], end: float) -> None:
         """Measure regions until `end`. Kernels inside of others are measured last, and if the fastest tactics of these
         launch them: otherwise they never run."""
-        whole = {node.op for node in self.graph.nodes}
-        inner = [region for region in regions if whole.isdisjoint(region.ops)]
-        self.tune([region for region in regions if not whole.isdisjoint(region.ops)], end)
+        inner = [region for region in regions if not self.nodes_of(region)]
+        self.tune([region for region in regions if self.nodes_of(region)], end)
         if inner:
             runs = {node.op for node in inline_kernels(self.graph, self.tactics).nodes}
             self.tune([region for region in inner if not runs.isdisjoint(region.ops)], end)
@@ -377,7 +379,16 @@ class Tuner:
 
     def share_us(self, region: Region) -> float:
         """Microseconds, about, that all nodes of a region take of a call."""
-        return region.expected_us * sum(node.op in region.ops for node in self.graph.nodes)
+        return region.expected_us * self.nodes_of(region)
+
+    def nodes_of(self, region: Region) -> int:
+        """How many nodes of the graph are of a region; 0 if they are inside of others alone."""
+        return sum(self.counts[op] for op in region.ops)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How many nodes of the graph have each name."""
+        return Counter(node.op for node in self.graph.nodes)
 
 
 def _refused(region: Region, candidate: Candidate, problem: str) -> str:

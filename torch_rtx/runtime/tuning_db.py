@@ -136,7 +136,6 @@ class TuningDatabase:
             built = self.compiled(missing)
             self.flush()
         except KernelError as error:
-            found |= self._shipped(missing)
             if not found:
                 raise
             log.warning("%d of %d regions are not compiled: %s", len(missing), len(wanted), error)
@@ -163,9 +162,16 @@ class TuningDatabase:
         Raises:
             KernelError: nothing can be compiled here.
         """
-        found: dict[str, Candidate | None] = {}
         then = None if later is None else [(name_of(key), body, rank) for key, body, rank in later]
-        built, refused = self._each({name_of(key): entry for key, entry in missing.items()}, then)
+        try:
+            built, refused = self._each({name_of(key): entry for key, entry in missing.items()}, then)
+        except KernelError as error:
+            shipped = self._shipped(missing)
+            if not shipped:
+                raise
+            log.warning("%d regions are not compiled for this GPU's figures: %s", len(missing), error)
+            return {**dict.fromkeys(missing), **shipped}
+        found: dict[str, Candidate | None] = {}
         for key, (_, first) in missing.items():
             name = name_of(key)
             if name in built or name in refused:
