@@ -332,6 +332,9 @@ def test_experts_of_transformers_are_kernels(dtype: torch.dtype) -> None:
     graph = fused(First(transformers.MixtralModel(config).to(dtype), use_cache=False), (below(50, 2, 12),))
     assert left(graph) == {}
     assert sum("grouped_mm" in node.op for node in graph.nodes) == 2
+    text = str(graph)
+    assert text.count("whole=True") == 2  # all experts are here: no row is masked
+    assert text.count("aten.cumsum.default") == 1  # one kernel sorts, and finds groups and the way back
 
 
 def test_relative_positions_of_transformers_are_a_bias_of_attention() -> None:
