@@ -14,7 +14,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: of what PyTorch's call takes
 
 
-def _grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
+def _grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor, whole: bool = False) -> Tensor:
     """Each row of `self` times the matrix of its group.
 
     Args:
@@ -22,6 +22,7 @@ def _grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
         mat2: matrices (G, K, N).
         offs: where each group ends (G), int32 or int64. A group begins where the one before it ends, and is empty where
             it would end before that.
+        whole: who calls knows that the ends ascend, and that the last one is the number of rows.
 
     Returns:
         Rows (S, N) in the dtype of `self`; those behind the last group are 0.
@@ -29,9 +30,11 @@ def _grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
     rows = self.shape[0]
     if not mat2.shape[0]:
         return self.new_zeros(rows, mat2.shape[2])
-    ends = offs.clamp(0, rows).cummax(0).values
+    ends = offs if whole else offs.clamp(0, rows).cummax(0).values
     if _has_call(self, mat2):
         found = torch.ops.aten._grouped_mm.default(self, mat2, ends.to(torch.int32))
+        if whole:
+            return found
         return found.masked_fill_(torch.arange(rows, device=self.device)[:, None] >= ends[-1:], 0)
     captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
     return _by_masks(self, mat2, ends) if captured else _by_ranges(self, mat2, ends)
@@ -75,7 +78,7 @@ def _sm(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def _room(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
+def _room(self: Tensor, mat2: Tensor, offs: Tensor, whole: bool = False) -> Tensor:
     torch._check(
         self.dim() == 2 and mat2.dim() == 3 and offs.dim() == 1,
         lambda: f"rows, matrices and offsets of {self.dim()}, {mat2.dim()} and {offs.dim()} dimensions, not 2, 3 and 1",
@@ -88,6 +91,6 @@ def _room(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
-_LIBRARY.define("grouped_mm(Tensor self, Tensor mat2, Tensor offs) -> Tensor")
+_LIBRARY.define("grouped_mm(Tensor self, Tensor mat2, Tensor offs, bool whole=False) -> Tensor")
 _LIBRARY.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
 _LIBRARY.impl("grouped_mm", _room, "Meta")

@@ -211,10 +211,20 @@ INF, NAN = float("inf"), float("nan")
 ROWS = torch.tensor([[2.0, NAN, 2, -INF, INF, 0], [-INF, -INF, 5, -INF, -INF, -INF], [3, 1, NAN, 1, NAN, -0.0]])
 
 
+def routed(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the two experts of each row: those in order, where groups end, the way back, and whether an expert is none."""
+    experts, order = torch.sort(x.topk(2)[1].view(-1), stable=True)
+    ends = torch.histc(experts.float(), 5, 0, 4).cumsum(0, dtype=torch.int32)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=x.device)
+    return experts * 2, ends + 1, back + 1, order.argsort() + 1, experts.masked_fill(experts >= 5, 7) + 1
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     ("function", "x"),
     [
+        (routed, drawn(150, 5)),
         (lambda x: torch.sort(x, stable=True), ROWS),
         (lambda x: torch.sort(x, dim=0, descending=True, stable=True), ROWS.half()),
         (lambda x: torch.sort(x, stable=True), torch.tensor([2**40, -(2**40), 3, 2**40, 3])),
@@ -225,6 +235,7 @@ ROWS = torch.tensor([[2.0, NAN, 2, -INF, INF, 0], [-INF, -INF, 5, -INF, -INF, -I
         (lambda x: torch.searchsorted(torch.arange(4.0, device=x.device) // 2, x, out_int32=True), ROWS),
     ],
     ids=[
+        "routed",
         "rows",
         "columns",
         "large integers",
@@ -332,6 +343,9 @@ def test_experts_of_transformers_are_kernels(dtype: torch.dtype) -> None:
     graph = fused(First(transformers.MixtralModel(config).to(dtype), use_cache=False), (below(50, 2, 12),))
     assert left(graph) == {}
     assert sum("grouped_mm" in node.op for node in graph.nodes) == 2
+    text = str(graph)
+    assert text.count("whole=True") == 2  # all experts are here: no row is masked
+    assert text.count("aten.cumsum.default") == 1  # one kernel sorts, and finds groups and the way back
 
 
 def test_relative_positions_of_transformers_are_a_bias_of_attention() -> None:

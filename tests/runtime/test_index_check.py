@@ -134,8 +134,9 @@ def test_positions_of_values_that_are_put_in_place_differ(name: str) -> None:
         assert all(len(set(row)) == 4 for row in positions.tolist())
 
 
-def test_ends_of_groups_ascend() -> None:
-    (node,) = parse("""graph fused {
+@pytest.mark.parametrize("whole", [False, True])
+def test_ends_of_groups_ascend(whole: bool) -> None:
+    text = """graph fused {
       input x: f32[9, 4]
       input w: f32[6, 4, 2]
       input o: i32[6]
@@ -147,10 +148,12 @@ def test_ends_of_groups_ascend() -> None:
         return [r]
       }
       return [r]
-    }""").nodes
+    }"""
+    (node,) = parse(text.replace("offs=o", f"offs=o, whole={whole}")).nodes
     drawn = torch.stack([CandidateCheck(node, CPU)._inputs[2] for _ in range(20)])
     assert (drawn.diff(dim=1) >= 0).all()
     assert 0 <= drawn.min() < 4 < drawn.max() <= 9
+    assert bool((drawn[:, -1] == 9).all()) == whole
 
 
 WINDOWS = "grad_output=g, self=x, kernel_size=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1], ceil_mode=False"

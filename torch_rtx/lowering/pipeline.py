@@ -23,6 +23,7 @@ from torch_rtx.lowering.passes.attend_in_bands import attend_in_bands
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.decide_by_range import decide_by_range
 from torch_rtx.lowering.passes.decompose import decompose
 from torch_rtx.lowering.passes.expand_attention import expand_attention
 from torch_rtx.lowering.passes.expand_bags import expand_bags
@@ -55,6 +56,7 @@ from torch_rtx.lowering.passes.results_for_writes import results_for_writes
 from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
+from torch_rtx.lowering.passes.sort_by_counting import sort_by_counting
 from torch_rtx.lowering.passes.split_scans import split_scans
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
 from torch_rtx.lowering.passes.transpose_weights import transpose_weights
@@ -180,6 +182,8 @@ PIPELINE = (
     Pass(expand_bags, needs=("targets",)),
     Pass(separate_pools, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
+    Pass(decide_by_range, needs=("targets",)),
+    Pass(sort_by_counting, needs=("targets", "atomics")),
     Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(split_scans, needs=("targets",)),
     Pass(sum_few_rows, needs=("targets",)),

@@ -112,6 +112,12 @@ _POSITIONS = frozenset(  # calls whose last result is positions along a dimensio
 )
 
 
+_OF_SELF = (  # calls whose first result is elements of the operand `self`
+    *("_to_copy.default", "sort.default", "sort.stable", "topk.default", "max.dim", "min.dim"),
+    *("gather.default", "index_select.default", "index.Tensor"),
+)
+
+
 def _positions(node: Node) -> Range:
     source = node.arg("self")
     assert isinstance(source, Value)
@@ -178,7 +184,7 @@ def _sum(sign: int) -> Callable[[Ranges, Node], Range]:
 
 
 _RULES: dict[str, Callable[[Ranges, Node], Range]] = {
-    "aten._to_copy.default": _cast,
+    **dict.fromkeys((f"aten.{name}" for name in _OF_SELF), _cast),
     **dict.fromkeys((f"aten.{name}.default" for name in ("round", "floor", "ceil", "trunc")), _round),
     "aten.relu.default": _relu,
     "aten.neg.default": _negative,

@@ -163,7 +163,10 @@ class CandidateCheck:
         found = random_tensor(value, self.device, self._generator, high)
         if value.name in self._distinct:
             found = differing(found, self._distinct[value.name], high, self._generator)
-        return found.sort().values if value.name in self._in_order else found
+        if value.name in self._in_order:
+            found, last = found.sort().values, self._in_order[value.name]
+            found[-1:] = found[-1:] if last is None else last
+        return found
 
     def _check_memory(self) -> None:
         """Refuse what needs a good part of the device's memory."""

@@ -101,10 +101,19 @@ def _takes_numbers(node: Node, value: Value) -> bool:
     return name.split(".")[0] in OF_NUMBERS or node.op in (INT_MM, INT_CONV) or aten.is_view(aten.overload(node.op))
 
 
-def in_order(graph: Graph) -> set[str]:
-    """The names of inputs whose elements ascend: they are where groups of rows end."""
-    ends = (node.arg("offs") for node in inline_kernels(graph, {}).nodes if node.op == GROUPED_MM)
-    return {value.name for value in ends if isinstance(value, Value)} & {value.name for value in graph.inputs}
+def in_order(graph: Graph) -> dict[str, int | None]:
+    """By the names of inputs whose elements ascend, since they are where groups of rows end: what the last one is;
+    None: any."""
+    found: dict[str, int | None] = {}
+    for node in inline_kernels(graph, {}).nodes:
+        ends, rows = node.arg("offs"), node.arg("self")
+        if node.op == GROUPED_MM and ends in graph.inputs:
+            assert isinstance(ends, Value)
+            assert isinstance(rows, Value)
+            assert isinstance(rows.type, TensorType)
+            whole = node.arg("whole", False) is True
+            found[ends.name] = numbers(rows.type.shape)[0] if whole else found.get(ends.name)
+    return found
 
 
 def distinct(graph: Graph) -> dict[str, int | None]:

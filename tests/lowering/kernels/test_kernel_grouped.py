@@ -76,6 +76,28 @@ def test_groups(offsets: list[int], dtype: str) -> None:
         assert bool((found[max(0, *map(min, offsets, [37] * 5)) :] == 0).all())
 
 
+@pytest.mark.parametrize("offsets", [[3, 20, 21, 30, 37], [0, 0, 16, 16, 37], [0, 37, 37, 37, 37]], ids=str)
+def test_groups_that_are_all_rows(offsets: list[int]) -> None:
+    """Whoever calls knows that there are no others: nothing is put in order."""
+    graph = body(PLAIN.replace("offs=o", "offs=o, whole=True"))
+    torch.manual_seed(0)
+    x, w, o = torch.randn(37, 50).half(), torch.randn(5, 50, 24).half(), torch.tensor(offsets, dtype=torch.int32)
+    exact = defined(x.double(), w.double(), offsets)
+    (call,) = compile_graph(graph, CPU)([x, w, o], ())
+    kernel = FAMILY.kernel(region(graph), "kernel", GemmConfig(16, 16, 16, group_m=2))
+    found = torch.full((37, 24), torch.nan, dtype=torch.float16)
+    run(kernel, [x, w, o, found])
+    assert_right([found], [call], [exact])
+    assert "_later" not in kernel.source
+
+
+def test_a_tile_reads_no_rows_behind_its_group() -> None:
+    """A tile may begin anywhere, and reach beyond all rows, also if these are a multiple of its own."""
+    source = FAMILY.kernel(region(body(PLAIN.replace("37", "32"))), "kernel", GemmConfig(16, 16, 16)).source
+    (load,) = (line for line in source.splitlines() if "tl.load(ap" in line)
+    assert "in_m" in load
+
+
 @pytest.mark.parametrize("rows", [1, 19, 64])
 def test_the_gate_of_experts_is_part_of_the_product(rows: int) -> None:
     graph = body(EXPERTS)

@@ -96,6 +96,7 @@ class Contraction:
         block_scaled: the values of an element in memory, if operands are in a block-scaled format; else 0.
         ends: batches are ranges of rows, one behind the other, that end here; `rows` are those of all. None: all
             batches have `rows`.
+        whole: the ends ascend, and the last one is that of all rows.
     """
 
     out: Load
@@ -115,6 +116,7 @@ class Contraction:
     fast_accum: bool = False
     block_scaled: int = 0
     ends: Tensor | None = None
+    whole: bool = False
 
     def tile(self) -> Tile:
         """The result as a tile of Z, M and N."""

@@ -46,7 +46,7 @@ def expand_sorts(graph: Graph, infer: Inference) -> Graph:
         if rule is None:
             return False
         known = dict(shared)
-        if not rewriter.expand(node, lambda: rule(_Calls(node, rewriter, known, ranges))):
+        if not rewriter.expand(node, lambda: rule(Calls(node, rewriter, known, ranges))):
             return False
         shared.update(known)
         return True
@@ -55,7 +55,7 @@ def expand_sorts(graph: Graph, infer: Inference) -> Graph:
 
 
 @dataclass(frozen=True)
-class _Calls:
+class Calls:
     """Emits calls in place of `node`. `shared` has the results of calls that other nodes need, too; `ranges` is what is
     known of elements."""
 
@@ -121,7 +121,7 @@ class _Calls:
         return value if type_of(value).dtype == dtype else self.call("_to_copy.default", self=value, dtype=dtype)
 
 
-def _row(calls: _Calls, type_: TensorType, per_row: int | None = None) -> tuple[int, int]:
+def _row(calls: Calls, type_: TensorType, per_row: int | None = None) -> tuple[int, int]:
     """The axis that a call sorts, and its size, of which `per_row` (default: all) are compared with each other.
 
     Raises:
@@ -138,14 +138,14 @@ def _row(calls: _Calls, type_: TensorType, per_row: int | None = None) -> tuple[
     return axis, count
 
 
-def _sorted(calls: _Calls) -> tuple[Value, ...]:
+def _sorted(calls: Calls) -> tuple[Value, ...]:
     """`sort`: equal elements stay in order."""
     value, _ = calls.operand("self")
     axis, order = _order(calls, calls.node.arg("descending", False) is True)
     return calls.call("gather.default", self=value, dim=axis, index=order), order
 
 
-def _order(calls: _Calls, descending: bool) -> tuple[int, Value]:
+def _order(calls: Calls, descending: bool) -> tuple[int, Value]:
     """The axis that a call sorts, and the positions of the elements along it in the order of these.
 
     Raises:
@@ -162,7 +162,7 @@ def _order(calls: _Calls, descending: bool) -> tuple[int, Value]:
     return axis, calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
 
 
-def _by_counting(calls: _Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
+def _by_counting(calls: Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
     """The axis, and the place of each element along it, for a row of integers of which few differ: how many are
     smaller, and how many equal ones come before.
 
@@ -191,7 +191,7 @@ def _by_counting(calls: _Calls, value: Value, type_: TensorType, descending: boo
     return 0, calls.cast(place, "i64")
 
 
-def _by_comparing(calls: _Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
+def _by_comparing(calls: Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
     """The same for short rows: how many elements come before each.
 
     Raises:
@@ -206,7 +206,7 @@ def _by_comparing(calls: _Calls, value: Value, type_: TensorType, descending: bo
     return axis, calls.call("sum.dim_IntList", self=counted, dim=(axis + 1,))
 
 
-def _largest(calls: _Calls) -> tuple[Value, ...]:
+def _largest(calls: Calls) -> tuple[Value, ...]:
     """`topk`, of equal elements the first."""
     value, type_ = calls.operand("self")
     wanted, largest = calls.node.arg("k"), calls.node.arg("largest", True) is True
@@ -245,7 +245,7 @@ def _largest(calls: _Calls) -> tuple[Value, ...]:
     return selected, calls.cast(order, "i64")
 
 
-def _counts(calls: _Calls) -> tuple[Value, ...]:
+def _counts(calls: Calls) -> tuple[Value, ...]:
     """`histc` of integers, with a bin for each."""
     value, type_ = calls.operand("self")
     bins, low, high = (calls.node.arg(name, default) for name, default in (("bins", 100), ("min", 0), ("max", 0)))
@@ -265,7 +265,7 @@ def _counts(calls: _Calls) -> tuple[Value, ...]:
     return (calls.call("sum.dim_IntList", self=equal, dim=(1,), dtype=type_.dtype),)
 
 
-def _below(calls: _Calls, boundaries: str) -> tuple[Value, ...]:
+def _below(calls: Calls, boundaries: str) -> tuple[Value, ...]:
     """`bucketize`, and `searchsorted` of one row; NaN is above all boundaries."""
     (value, type_), (edges, row) = calls.operand("self"), calls.operand(boundaries)
     right = calls.node.arg("right", False) is True or calls.node.arg("side") == "right"
@@ -280,7 +280,7 @@ def _below(calls: _Calls, boundaries: str) -> tuple[Value, ...]:
     return (calls.cast(total, "i32" if calls.node.arg("out_int32", False) else "i64"),)
 
 
-RULES: dict[str, Callable[[_Calls], tuple[Value, ...]]] = {
+RULES: dict[str, Callable[[Calls], tuple[Value, ...]]] = {
     "aten.sort.default": _sorted,
     "aten.sort.stable": _sorted,
     "aten.topk.default": _largest,

@@ -28,7 +28,7 @@ from torch_rtx.targets import Arch
 G = "G"  # the index of a group
 MAX_GROUPS = 1024  # each program looks for its group among all
 OVERLAP = 0.9  # of memory traffic and other work, at most
-CALLS = 5  # beside the library's: they put ends of groups in order, and zeros behind the last group
+CALLS = 5  # beside the library's: they put ends of groups in order, and zeros behind the last group, if need be
 LIBRARY_SMS = (90, 100)  # where `aten._grouped_mm` is one kernel; elsewhere it waits for the offsets
 LATER = """
 
@@ -65,6 +65,7 @@ def grouped_contraction(region: Region) -> Contraction:
         b_at=lambda z, n, k: (z, *k, n),
         epilogue=lambda total: cast(total, out.dtype),
         ends=ends,
+        whole=node.arg("whole", False) is True,
     )
 
 
@@ -72,12 +73,13 @@ class GroupedWriter(MmaWriter):
     """A program looks up which group its tile of rows is in: each group has tiles of its own, and so have the rows
     behind the last group, for which nothing is summed. Programs are as many as there may be tiles."""
 
-    functions = LATER
     live = "live"
 
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         super().__init__(region, contraction, config)
         self.rows_mask = "in_m"
+        self.loop_rows = replace(self.loop_rows, mask=self.rows_mask)  # a tile may reach beyond all rows
+        self.functions += "" if contraction.whole else LATER
 
     @property
     def batch(self) -> Dim:
@@ -89,19 +91,18 @@ class GroupedWriter(MmaWriter):
         """At most one tile of a group is not full, and none is empty."""
         rows, (_, across) = self.contraction.rows, super().tiles
         whole = dim_expr("//", rows, self.config.block_m)
-        return dim_expr("min", rows, dim_expr("+", whole, self.contraction.batch, 1)), across
+        behind = 0 if self.contraction.whole else 1
+        return dim_expr("min", rows, dim_expr("+", whole, self.contraction.batch, behind)), across
 
     def rows(self, tile: str) -> list[str]:
         """The group of a tile, and its rows."""
-        groups, rows, block = self.contraction.batch, from_dim(self.contraction.rows), self.config.block_m
+        groups, block = self.contraction.batch, self.config.block_m
         assert isinstance(groups, int)
         width = next_power_of_2(groups + 1)
-        end = self._ends(f"{G} < {groups}", "end", f"{rows}", width, 0)
-        begin = self._ends(f"({G} > 0) & ({G} <= {groups})", "begin", f"tl.where({G} > {groups}, {rows}, 0)", width, 1)
         return [
             f"{G} = tl.arange(0, {width})",
-            *end,
-            *begin,
+            *self._ends("end", width, 0),
+            *self._ends("begin", width, 1),
             f"row = {tile or '0'}",
             f"count = (end - begin + {block - 1}) // {block}",
             "before = tl.cumsum(count, 0) - count",
@@ -114,20 +115,22 @@ class GroupedWriter(MmaWriter):
             f"in_m = {M} < stop",
         ]
 
-    def _ends(self, known: str, name: str, other: str, width: int, behind: int) -> list[str]:
-        """Where the group that is `behind` another one ends; `other` where it is not `known`. Offsets out of order give
-        empty groups, so that no row is in two."""
-        assert self.contraction.ends is not None
+    def _ends(self, name: str, width: int, behind: int) -> list[str]:
+        """Where the group that is `behind` another one ends. Behind the last group is one of all other rows, if there
+        may be any. Offsets out of order give empty groups, so that no row is in two."""
+        contraction = self.contraction
+        assert contraction.ends is not None
         emitter = Emitter([Axis(G, width, f"in_{name}")], name)
-        at = variable(G, from_dim(self.contraction.batch))
-        value = emitter.value(self.contraction.ends, (at - ONE if behind else at,))
-        rows = from_dim(self.contraction.rows)
-        within = f"tl.minimum(tl.maximum({value.text}, 0), {rows})"
-        return [
-            f"in_{name} = {known}",
-            *emitter.outer.lines,
-            f"{name} = tl.associative_scan(tl.where(in_{name}, {within}, {other}), 0, _later)",
-        ]
+        groups, rows = from_dim(contraction.batch), from_dim(contraction.rows)
+        at = variable(G, groups)
+        value = emitter.value(contraction.ends, (at - ONE if behind else at,)).text
+        most = f"{G} < {groups}" if contraction.whole or not behind else f"{G} <= {groups}"
+        known = [f"in_{name} = {f'({G} > 0) & ({most})' if behind else most}", *emitter.outer.lines]
+        if contraction.whole:
+            return [*known, f"{name} = tl.where(in_{name}, {value}, 0)"]
+        other = f"tl.where({G} > {groups}, {rows}, 0)" if behind else f"{rows}"
+        within = f"tl.minimum(tl.maximum({value}, 0), {rows})"
+        return [*known, f"{name} = tl.associative_scan(tl.where(in_{name}, {within}, {other}), 0, _later)"]
 
 
 def _kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -137,7 +140,10 @@ def _kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
 def _configs(region: Region, arch: Arch) -> list[GemmConfig]:
     """Of those that wait for memory alone, as with few rows of each group, the ones with the least other work first."""
     chip = replace(arch.chip, overlap=min(arch.chip.overlap, OVERLAP))
-    return ranked_configs(region, grouped_contraction(region), replace(arch, chip=chip))
+    found = ranked_configs(region, grouped_contraction(region), replace(arch, chip=chip))
+    # These times hardly differ, and few are measured: of each tile one before other depths of its pipeline.
+    of_tile = {replace(one, num_stages=0): one for one in reversed(found)}
+    return list(dict.fromkeys((*reversed(of_tile.values()), *found)))
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
@@ -149,7 +155,8 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     if arch.sm not in LIBRARY_SMS or contraction.out.dtype != "bf16":
         return
     _, _, type_ = anchor_result(region, "grouped")
-    before_us = prologue_us(region, arch) + CALLS * arch.chip.launch + streaming_us([type_, type_], arch)
+    before_us = prologue_us(region, arch)
+    before_us += 0 if contraction.whole else CALLS * arch.chip.launch + streaming_us([type_, type_], arch)
     plain, after_us = MODEL_ERROR * gemm_us(region, contraction, arch), epilogue_us(region, arch)
     moved = gemm_problem(region, contraction, arch).bytes_moved  # not of matrices without rows
     yield Offer("library", library_us("gemm", region, arch, plain, before_us, after_us, True, moved))
