@@ -349,3 +349,47 @@ def test_a_convolution_writes_into_given_memory(bias, layout):
     convolve(x, weight, given, *rest, out=out)
     assert torch._C._select_conv_backend(x, weight, given, *rest) == torch._C._ConvBackend.Cudnn
     assert torch.equal(out, expected)
+
+
+class Head(nn.Module):
+    """A head of a language model that returns its logits beside the loss; their rows do not begin with vectors."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(768, words)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(x)
+        return logits, F.cross_entropy(logits.float(), labels)
+
+
+def test_logits_of_an_odd_vocabulary_that_the_caller_keeps() -> None:
+    """They, the loss and all gradients are as near to those of float32 as eager's, and stay what they are."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Head(4099).cuda()
+    own = copy.deepcopy(model)
+    compiled = torch.compile(own, backend=rtx)
+    x = torch.randn(4096, 768, device="cuda", requires_grad=True)
+    labels = torch.randint(0, 4099, (4096,), device="cuda")
+
+    def step(call: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, halves: bool = True) -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=halves):
+            logits, found = call(x, labels)
+        found.backward()
+        assert x.grad is not None
+        grads = [x.grad, *(parameter.grad for parameter in module.parameters() if parameter.grad is not None)]
+        x.grad = None
+        module.zero_grad()
+        return [logits.detach(), found.detach(), *grads]
+
+    for _ in range(2):
+        for _ in range(4):
+            kept = step(compiled, own)
+        assert torch_rtx.wait(60)
+    before = kept[0].clone()
+    found, eager, exact = step(compiled, own), step(model, model), step(model, model, halves=False)
+    assert torch.equal(kept[0], before)
+    for one, other, right in zip(found, eager, exact, strict=True):
+        error, allowed = ((result.float() - right).norm() for result in (one, other))
+        assert error <= 2 * allowed + 1e-5 * right.norm()
