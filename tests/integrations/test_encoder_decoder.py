@@ -21,6 +21,7 @@ from torch_rtx.integrations.transformers import (  # noqa: E402
     Encode,
     Prefill,
     _caches,
+    _Program,
     _tensors,
     export_generate,
 )
@@ -101,6 +102,14 @@ def translator() -> tuple[Any, GenerationEngine]:
     """For two texts."""
     model = tiny("Marian")
     return model, export_generate(model, max_cache_len=PLACES, batch_size=2, source=SOURCE)
+
+
+def test_the_first_token_of_a_decoder():
+    model = tiny("Bart")
+    assert _Program(model).decoder_start_token_id == START
+    model.generation_config.decoder_start_token_id = None
+    assert _Program(model).decoder_start_token_id == ENDS["bos_token_id"]  # as `generate` of transformers
+    assert _Program(tiny("Whisper")).decoder_start_token_id is None  # it has a `generate` of its own
 
 
 # ---- what a model's programs compute ---------------------------------------------------------------------------------

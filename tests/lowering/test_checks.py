@@ -69,6 +69,11 @@ def truth(x):
     return x + 1
 
 
+def all_elements(x):
+    torch._check_tensor_all(x < 5, lambda: "below five")
+    return x + 1
+
+
 def on_the_device(x):
     torch._assert_async(x[0] == 3, "three")
     return x + 1
@@ -84,6 +89,7 @@ CHECKS: dict[Callable[[Any], Any], tuple[list[int], dict[str, list[int]]]] = {
     equal_sizes: ([1, 0, 1, 0], {"as many": [1, 0, 0, 0]}),
     real: ([3, 1], {"half of eight": [3, 2]}),
     truth: ([1, 3], {"not three": [3, 3]}),
+    all_elements: ([3, 1], {"below five": [3, 7]}),
     on_the_device: ([3, 1], {"three": [1, 3]}),
 }
 

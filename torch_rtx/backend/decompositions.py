@@ -1,5 +1,6 @@
-"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, instance norms,
-fake quantization, products that have several forms, those of packed weights, distances, and cells of recurrences.
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, of checks, `resize`,
+instance norms, fake quantization, products that have several forms, those of packed weights, distances, and cells of
+recurrences.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -204,6 +205,8 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_foreach()),
     **FAKE_QUANTIZATION,
     torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
+    torch.ops.aten._is_all_true.default: torch.all,  # of `torch._check_tensor_all`
+    torch.ops.aten._is_any_true.default: torch.any,
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
     torch.ops.aten.instance_norm.default: _instance_norm,

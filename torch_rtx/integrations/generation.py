@@ -294,7 +294,7 @@ class GenerationEngine:
             attention_mask: 0 at padding and 1 elsewhere, of the same shape. None: in prompts `pad_token_id` is padding,
                 unless it also ends sequences; in texts for an encoder nothing is. Features have no padding.
             decoder_input_ids: the prompts of a decoder, integers `[batch, length]`. None: `decoder_start_token_id`, by
-                default the model's, if its own `generate` begins with that as well.
+                default the model's, or else its `bos_token_id`, if its own `generate` begins with that as well.
             decoder_attention_mask: for padding on the left of these; None: nothing is.
             max_new_tokens: the most tokens for each prompt; None: as many as the cache holds.
             min_new_tokens, min_length: the fewest, without the prompt and with it, by default the model's.

@@ -432,6 +432,8 @@ class _Program(nn.Module):
 
         if type(model).generate is not GenerationMixin.generate:
             self.decoder_start_token_id = None  # the model's own `generate` decides what a text begins with
+        elif self.decoder_start_token_id is None and model.config.is_encoder_decoder:
+            self.decoder_start_token_id = getattr(model.generation_config, "bos_token_id", None)  # as transformers does
 
     def scores(
         self,

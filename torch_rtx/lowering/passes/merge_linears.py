@@ -18,7 +18,7 @@ from math import inf
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_dims, type_dims
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
@@ -133,7 +133,8 @@ def _is_whole(results: list[Node], readers: Users) -> bool:
 
 def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
     """The names of the parameters that the graph does not write, of all views of them, and of what products of int8
-    and float8 read that is computed from them; and the nodes of these."""
+    and float8 read that is computed from them; and the nodes of these. Nodes with sizes that vary are none: the node
+    that such a size comes from may be a later one, and the result is no weight of a layer."""
     names, nodes = {weight.value.name for weight in graph.weights} - graph.written, []
     products = (node for node in graph.nodes if node.op in (INT_MM, SCALED_MM))
     read = {value.name for node in products for value in node.inputs} & from_weights(graph)
@@ -142,11 +143,17 @@ def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
             read.update(value.name for value in node.inputs)
     for node in graph.nodes:
         seen = node.kind == "op" and aten.is_view(aten.overload(node.op)) and bool(node.inputs)
-        seen = seen and all(value.name in names for value in node.inputs)
+        seen = seen and all(value.name in names for value in node.inputs) and not _varies(node)
         if seen or any(value.name in read for value in node.results):
             names.update(value.name for value in node.results)
             nodes.append(node)
     return names, nodes
+
+
+def _varies(node: Node) -> bool:
+    """A size in an argument or a result is no plain number."""
+    given = any(True for _, attr in node.args for _ in attr_dims(attr))
+    return given or any(not isinstance(dim, int) for value in node.results for dim in type_dims(value.type))
 
 
 def _groups(graph: Graph, layers: Mapping[int, object]) -> list[list[Node]]:
