@@ -70,6 +70,7 @@ WRONG = {
     "rank": ("x: f32[2, 2]", "y: f32[4] = extern aten.mm.default(self=x, mat2=x)", "it returns"),
     "dtype": ("x: f32[2, 2]", "y: u8[2, 2] = extern aten.mm.default(self=x, mat2=x)", "it returns"),
     "gaps": ("x: f32[2, 2]", "y: f32[2, 2](1000, 1) = extern aten.mm.default(self=x, mat2=x)", "the strides"),
+    "view with gaps": ("x: f32[2, 2]", "y: f32[2, 2](8, 1) = view aten.t.default(self=x)", "the strides"),
     "overlap": ("x: f32[2, 2]", "y: f32[2, 2](0, 0) = extern aten.mm.default(self=x, mat2=x)", "the strides"),
     "number": ("x: f32[2]", "y: int = extern aten.relu.default(self=x)", "does not return int"),
     "results": ("x: f32[2]", "y: f32[2], z: f32[2] = extern aten.relu.default(self=x)", "has 1 results, not 2"),
@@ -242,6 +243,10 @@ RIGHT = {
     "grouped heads": (
         "x: f32[1, 4, 8, 16]; k: f32[1, 2, 6, 16]; m: bool[8, 6]",
         f"y: f32[1, 4, 8, 16] = {ATTENTION}(query=x, key=k, value=k, attn_mask=m, enable_gqa=True)",
+    ),
+    "padded heads": (  # as libraries on a GPU return heads of 36
+        "x: f16[2, 4, 8, 36]",
+        f"y: f16[2, 4, 8, 36](1280, 320, 40, 1) = {ATTENTION}(query=x, key=x, value=x)",
     ),
     "lstm": (
         "x: f32[5, 2, 4]; h: f32[1, 2, 8]; a: f32[32, 4]; b: f32[32, 8]",
