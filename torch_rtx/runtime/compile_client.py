@@ -37,12 +37,16 @@ main()
 
 
 class CompileClient:
-    """A worker process that compiles kernels: starts with the first request and ends with this process."""
+    """A worker process that compiles kernels: starts with the first request and ends with this process.
+
+    Attributes:
+        stopped: this process is ending, and nothing is compiled any more.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._stopped = False
+        self.stopped = False
 
     def build(
         self,
@@ -117,7 +121,7 @@ class CompileClient:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            if self._stopped:
+            if self.stopped:
                 raise OSError("the program ends")
             if find_spec("triton") is None:
                 raise OSError("the package triton is not installed")
@@ -130,7 +134,7 @@ class CompileClient:
 
     def stop(self) -> None:
         """Close, and refuse later requests: this process is ending."""
-        self._stopped = True
+        self.stopped = True
         self.close()
 
     def close(self) -> None:

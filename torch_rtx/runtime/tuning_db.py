@@ -213,7 +213,7 @@ class TuningDatabase:
         try:
             return self._build(wanted, later), {}
         except KernelError:
-            if len(wanted) == 1 and not self._works:
+            if len(wanted) == 1 and not self._goes_on:
                 raise
         built: dict[str, Candidate | None] = {}
         refused: dict[str, KernelError] = {}
@@ -222,11 +222,16 @@ class TuningDatabase:
                 built.update(self._build({name: entry}))
             except KernelError as error:
                 refused[name] = error
-                if len(refused) == FAILURES and not built and not self._works:
+                if len(refused) == FAILURES and not built and not self._goes_on:
                     raise
         for name, problem in refused.items():
             log.warning("%s is not compiled: %s", name, problem)
         return built, refused
+
+    @property
+    def _goes_on(self) -> bool:
+        """Others were compiled before, so that a failure is one of a region; and the program does not end."""
+        return self._works and not getattr(self._compiler, "stopped", False)
 
     def _build(self, wanted: Bodies, later: Later | None = None) -> Mapping[str, Candidate | None]:
         request = wanted, self.sm, self._artefacts, self.chip, self.float32
