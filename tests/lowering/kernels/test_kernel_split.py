@@ -92,7 +92,8 @@ def test_partial_products_are_dots_of_halves() -> None:
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
-UNDIVIDED = {"tokens of patches", "a range of channels, depthwise"}  # three channels, and one for each filter
+# Three channels, and one for each filter.
+UNDIVIDED = {"tokens of patches", "a range of channels, depthwise", "in three dimensions, depthwise"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

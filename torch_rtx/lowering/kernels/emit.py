@@ -83,16 +83,17 @@ class Emitter:
         spread: the axis along which loads are of whole tiles, of several rows: Triton may lay a tile of one row out in
             another way, and then moves its elements between threads.
         open: the axis along which nobody needs zeros past the end of a row: every reduction and every store has a mask.
+        zeros: loads are 0 wherever a condition does not hold, as products need it, not only where results need them.
     """
 
-    def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
+    def __init__(self, axes: Sequence[Axis], names: str = "", zeros: bool = False) -> None:
         self.axes = {axis.name: axis for axis in axes}
         self.names = names
         self.reduced: dict[Tensor, tuple[Operand, Position]] = {}
         self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
         self.looped = ""  # the variable of the current loop
-        self.spread = self.open = ""
+        self.spread, self.open, self.zeros = "", "", zeros
         self.operations: Counter[Axes] = Counter()
         self.loads: dict[tuple[Load, Index], Axes] = {}
         self._varying: dict[str, Axes] = {}
@@ -217,7 +218,7 @@ class Emitter:
         """A masked load, converted to `dtype`; 0 where a condition does not hold."""
         address = linear(position, tensor.strides)
         axes = self.loads[tensor, address] = self.varies(address)
-        masks = [*self._masks(axes, self._vectors(tensor, position)), *_concerning(conditions, axes, tensor)]
+        masks = [*self._masks(axes, self._vectors(tensor, position)), *self._concerning(conditions, axes, tensor)]
         wide = frozenset(self.axes) if self.spread in axes else axes.union(*(mask.axes for mask in masks))
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes) or (wide and not axes):  # a pointer alone is no tile, not even of one
@@ -266,6 +267,12 @@ class Emitter:
         texts = [wider.get(axis.name, axis.mask) for axis in named]
         varying = [frozenset((axis.name,)) | self._varying.get(axis.mask, NONE) for axis in named]
         return list(map(Operand, texts, varying))
+
+    def _concerning(self, conditions: tuple[Operand, ...], axes: Axes, tensor: Load) -> Iterable[Operand]:
+        """Those of the conditions without which a load along `axes` would leave `tensor`: where others don't hold,
+        nobody needs what it finds. One element for a row stays one load for the row."""
+        needed = self.zeros or not all(size.number for size in tensor.shape)
+        return (one for one in conditions if needed or not one.axes or one.axes & axes)
 
     def _vectors(self, tensor: Load, position: Position) -> dict[str, str]:
         """A mask for the open axis that holds for whole vectors: Triton loads elements one by one where a row ends
@@ -371,13 +378,6 @@ class Emitter:
             parts[axes] = parts.get(axes, ZERO) + Index((term,))
         odd = [axes for axes, part in parts.items() if axes and any(count % VECTOR for _, count in part.terms)]
         return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
-
-
-def _concerning(conditions: tuple[Operand, ...], axes: Axes, tensor: Load) -> Iterable[Operand]:
-    """Those of the conditions without which a load along `axes` would leave `tensor`: where others don't hold, nobody
-    needs what it finds. One element for a row stays one load for the row."""
-    exists = all(size.number for size in tensor.shape)
-    return (one for one in conditions if not exists or not one.axes or one.axes & axes)
 
 
 def whole_vectors(tensor: Load, position: Position, axis: str) -> int | None:

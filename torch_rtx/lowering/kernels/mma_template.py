@@ -84,7 +84,7 @@ class MmaWriter(TileWriter):
 
     def emitter(self, axes: list[Axis], names: str) -> Emitter:
         """An emitter of lines of the loop."""
-        return Emitter(axes, names)
+        return Emitter(axes, names, zeros=True)
 
     def a_at(self, position: Position) -> Position:
         """The position in the first operand for one along K, in the loop."""
