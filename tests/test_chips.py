@@ -48,14 +48,14 @@ def test_the_h200_is_as_it_was_fitted() -> None:
 def test_the_h200_reaches_what_was_recorded() -> None:
     """Copies and products of libraries, as each run of the benchmarks measures them."""
     chip = typical_chip(90)
-    files = [ROOT / f"benchmarks/results/h200_{name}.json" for name in ("latency_zoo", "sweep", "train")]
+    files = [ROOT / f"benchmarks/results/h200_{name}.json" for name in ("latency_zoo", "train")]
     recorded = [one for file in files for one in json.loads(file.read_text())["environments"].values()]
     rates = [environment["rates"] for environment in recorded if environment.get("rates")]
     assert len(rates) > 10
     for rate in rates:
         assert rate["bytes_per_s"] / 1e9 == pytest.approx(chip.memory, rel=0.04)
         for product in rate["flops_per_s"].values():
-            assert product / 1e12 == pytest.approx(chip.library * chip.tensor, rel=0.06)
+            assert product / 1e12 == pytest.approx(chip.library * chip.tensor, rel=0.05)
 
 
 @pytest.mark.quick

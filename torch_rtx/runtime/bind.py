@@ -56,12 +56,3 @@ def bind_dim(dim: Dim, sizes: Mapping[str, int]) -> Dim:
     if isinstance(dim, Sym):
         return sizes.get(dim.name, dim)
     return dim_expr(dim.op, *(bind_dim(arg, sizes) for arg in dim.args)) if isinstance(dim, Expr) else dim
-
-
-def without_locations(graph: Graph) -> Graph:
-    """`graph` without source locations, so that equal regions of different layers compare equal."""
-    nodes = (
-        replace(node, loc=None, body=None if node.body is None else without_locations(node.body))
-        for node in graph.nodes
-    )
-    return replace(graph, nodes=tuple(nodes))

@@ -212,9 +212,8 @@ def _grown(graph: Graph, cuts: Cuts, order: Sequence[int], budget: int) -> Cuts:
             middle = (low + high) // 2
             fits = wide_bytes(_cut(graph, _with_units(cuts, index, middle))) <= budget
             low, high = (middle, high) if fits else (low, middle)
-        even = (
-            low - low % ALIGNMENT if ALIGNMENT < low < family.units else low
-        )  # libraries are faster, or have no others
+        # Libraries are faster for multiples, or have no others.
+        even = low - low % ALIGNMENT if ALIGNMENT < low < family.units else low
         cuts = _with_units(cuts, index, even)
     return cuts
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from math import gcd
 
-from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Type, Value
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Type, Value, attr_map
 from torch_rtx.op_work import kind_in_float32
 from torch_rtx.targets import EXACT, HIGHEST, Float32
 
@@ -19,7 +18,18 @@ def plain(body: Graph) -> Graph:
     """A body without locations, in which equal layouts have equal strides. Where the first sizes are 1, no element
     depends on their strides, which PyTorch's kernels and its meta functions set differently: they become what they
     are in a contiguous tensor."""
-    return _with_types(body, _plain_type)
+
+    def value(given: Value) -> Value:
+        return Value(given.name, _plain_type(given.type))
+
+    def changed(node: Node) -> Node:
+        outputs = tuple(None if one is None else value(one) for one in node.outputs)
+        return Node(
+            node.kind, node.op, node.map_inputs(value), outputs, None if node.body is None else plain(node.body)
+        )
+
+    inputs, outputs = tuple(map(value, body.inputs)), tuple(attr_map(one, value) for one in body.outputs)
+    return replace(body, inputs=inputs, nodes=tuple(map(changed, body.nodes)), outputs=outputs)
 
 
 def region_key(body: Graph, float32: Float32 = EXACT) -> str:
@@ -37,28 +47,6 @@ def kin_key(body: Graph, float32: Float32 = EXACT) -> str:
 def _digest(body: Graph, level: str | None) -> str:
     key = hashlib.sha256(str(body).encode()).hexdigest()[:32]
     return key if level == HIGHEST else f"{key} {level}"
-
-
-def _with_types(body: Graph, change: Callable[[Type], Type]) -> Graph:
-    def value(given: Value) -> Value:
-        return Value(given.name, change(given.type))
-
-    def attr(given: Attr) -> Attr:
-        if isinstance(given, tuple):
-            return tuple(map(attr, given))
-        return value(given) if isinstance(given, Value) else given
-
-    def changed(node: Node) -> Node:
-        args = tuple((name, attr(given)) for name, given in node.args)
-        outputs = tuple(None if one is None else value(one) for one in node.outputs)
-        return Node(node.kind, node.op, args, outputs, None if node.body is None else _with_types(node.body, change))
-
-    return replace(
-        body,
-        inputs=tuple(map(value, body.inputs)),
-        nodes=tuple(map(changed, body.nodes)),
-        outputs=tuple(map(attr, body.outputs)),
-    )
 
 
 def _plain_type(given: Type) -> Type:

@@ -168,8 +168,11 @@ class Tuner:
             regions = [region for region in regions if not self.compare(region)]
             regions = [region for region in regions if region.choice is None and not region.body.syms]
             known = {region.kin for region in self.variant.regions if region.choice is not None}
-            first = {region.kin: region for region in reversed(regions) if region.kin not in known}
-            by_name = {self.context.database.named(region.key): region for region in reversed(first.values())}
+            first: dict[str, Region] = {}
+            for region in regions:
+                if region.kin not in known:
+                    first.setdefault(region.kin, region)
+            by_name = {self.context.database.named(region.key): region for region in first.values()}
             self.variant.shared = shared = SharedTuning(list(by_name))
             end = time.monotonic() + self.of.settings.tuning_seconds
             while taken := shared.take():

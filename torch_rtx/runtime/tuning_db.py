@@ -177,7 +177,7 @@ class TuningDatabase:
             if name in built or name in refused:
                 found[key] = built.get(name)
                 if self._store is not None and name not in refused:
-                    self._writes.append(_WRITERS[0].submit(self._keep, self._store, f"{key} {first}", found[key]))
+                    self._writes.append(_writer().submit(self._keep, self._store, f"{key} {first}", found[key]))
         return found
 
     def _keep(self, store: Store, name: str, made: Candidate | None) -> None:
@@ -272,13 +272,13 @@ class TuningDatabase:
             self._store.put(TACTIC, self._key(key), _written(choice).encode())
 
 
+@cache
 def _writer() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "torch_rtx kernels")
 
 
-_WRITERS = [_writer()]
 if hasattr(os, "register_at_fork"):  # a fork has no such thread
-    os.register_at_fork(after_in_child=lambda: _WRITERS.__setitem__(0, _writer()))
+    os.register_at_fork(after_in_child=_writer.cache_clear)
 
 
 def _written(choice: Choice) -> str:

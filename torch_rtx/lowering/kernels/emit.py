@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from torch_rtx.dtypes import DTYPES, FLOATS, register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, Var, is_natural, linear, narrowed, variable, within
+from torch_rtx.lowering.kernels.index import Index, Var, is_natural, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
@@ -283,10 +283,7 @@ class Emitter:
 
     def inside(self, tensor: Select, position: Position) -> tuple[Position, tuple[Operand, ...]]:
         """The position in `tensor.inner`, and the bounds checks that are not proven to hold."""
-        moved = tuple(
-            narrowed(at - start, size)
-            for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True)
-        )
+        moved = tensor.inside(position)
         tests = []
         for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
             if start != ZERO and not is_natural(at - start):

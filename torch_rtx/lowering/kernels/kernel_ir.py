@@ -36,7 +36,7 @@ from torch_rtx.lowering.kernels.expressions import (
 )
 from torch_rtx.lowering.kernels.expressions import text as expression_text
 from torch_rtx.lowering.kernels.float8 import BITS, BYTE, CONVERTED, FROM_BYTE, LIMITED, PACKINGS, VALUE, WIDE_BITS
-from torch_rtx.lowering.kernels.index import Index, Var, constant, from_dim, linear, product, variable
+from torch_rtx.lowering.kernels.index import Index, Var, constant, from_dim, linear, narrowed, product, variable
 
 Position = tuple[Index, ...]
 Shape = tuple[Index, ...]
@@ -110,6 +110,11 @@ class Select(Tensor):
     inner: Tensor
     outer: Tensor
     starts: Shape
+
+    def inside(self, position: Position) -> Position:
+        """The position in `inner`, where it is in bounds."""
+        places = zip(position, self.starts, self.inner.shape, strict=True)
+        return tuple(narrowed(at - start, size) for at, start, size in places)
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,14 +120,8 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
     count = rows_of(region).count.number
     few = count is not None and held and count < TYPICAL_PROCESSORS * held[0].rows
-    every = dict.fromkeys(
-        [
-            *repeated[:1],
-            *([] if repeated else steady_configs(region)),
-            *([best, *held] if few else [*held, best]),
-            *smaller,
-        ]
-    )
+    once = repeated[:1] or steady_configs(region)
+    every = dict.fromkeys([*once, *([best, *held] if few else [*held, best]), *smaller])
     return [one for one in every if not scans or one.elements == best.elements]
 
 
@@ -452,10 +446,8 @@ class LoopWriter:
     def _beside(self, reductions: Sequence[Reduce], left: Sequence[int]) -> list[int]:
         """The outputs as wide as rows, if the loop of `reductions` has read and computed what they need: storing them
         there saves a loop of their own."""
-        read, wide = (
-            _loads(one.source for one in reductions),
-            [at for at in left if self._width(self.region.outputs[at]) != ONE],
-        )
+        read = _loads(one.source for one in reductions)
+        wide = [at for at in left if self._width(self.region.outputs[at]) != ONE]
         found = [self.region.outputs[at] for at in wide]
         known = all(inner in self.emitter.reduced for output in found for inner in needed(output))
         plain = not any(isinstance(output, Scatter) or self._width(output) != self.rows.size for output in found)

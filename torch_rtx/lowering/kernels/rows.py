@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, constant, linear, narrowed, product, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, constant, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     Load,
     Pointwise,
@@ -96,30 +96,28 @@ def _rows_of_results(outputs: Sequence[Tensor]) -> Rows:
 def repeated_rows(region: Region) -> Rows | None:
     """The iteration space of a loop over elements as rows along which an operand repeats, as parameters of channels do:
     a tile of several rows reads it once. None if there are none."""
-    found = _order_and_reads(region)
-    if found is None:
-        return None
-    order, read = found
-    for length in range(1, len(order)):
-        outer, axes = order[:-length], tuple(order[-length:])
-        if outer == sorted(outer) and any(one and one <= {*axes} for one in read):
-            return _rows_along(region.outputs[0].shape, outer, axes)
-    return None
+    return next(_rows_of_reads(region, lambda one, outer, axes: one <= axes), None)
 
 
 @lru_cache(maxsize=1024)
 def steady_rows(region: Region) -> Rows | None:
     """The iteration space of a loop over elements as rows, the longest with an operand of one element for each, as
     statistics of rows are: a program that has a piece of a row reads it once. None if there are none."""
+    return max(
+        _rows_of_reads(region, lambda one, outer, axes: one <= outer), key=lambda rows: len(rows.axes), default=None
+    )
+
+
+def _rows_of_reads(region: Region, fits: Callable[[set[int], set[int], set[int]], bool]) -> Iterator[Rows]:
+    """The iteration spaces of a loop over elements as rows, the shortest first, in which the address of a read fits:
+    given the axes on which it depends, those of all rows, and those of a row."""
     found = _order_and_reads(region)
-    if found is None:
-        return None
-    order, read = found
-    for length in range(len(order) - 1, 0, -1):
+    order, read = ([], []) if found is None else found
+    shape = region.outputs[0].shape
+    for length in range(1, len(order)):
         outer, axes = order[:-length], tuple(order[-length:])
-        if outer == sorted(outer) and any(one and one <= {*outer} for one in read):
-            return _rows_along(region.outputs[0].shape, outer, axes)
-    return None
+        if outer == sorted(outer) and any(one and fits(one, {*outer}, {*axes}) for one in read):
+            yield Rows(_size(shape, tuple(outer)), _size(shape, axes), shape, axes)
 
 
 def _order_and_reads(region: Region) -> tuple[list[int], list[set[int]]] | None:
@@ -136,10 +134,6 @@ def _order_and_reads(region: Region) -> tuple[list[int], list[set[int]]] | None:
     position = tuple(map(variable, names, output.shape))
     addresses = (address for one in region.outputs for address in _addresses(one, position, set()))
     return order, [{names[var.name] for var in address.variables() if var.name in names} for address in addresses]
-
-
-def _rows_along(shape: Shape, outer: Sequence[int], axes: tuple[int, ...]) -> Rows:
-    return Rows(_size(shape, tuple(outer)), _size(shape, axes), shape, axes)
 
 
 def _size(shape: Shape, axes: tuple[int, ...]) -> Index:
@@ -172,9 +166,7 @@ def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Posit
             for arg in tensor.args:
                 yield from _addresses(arg, position, seen)
         case Select():
-            inside = zip(position, tensor.starts, tensor.inner.shape, strict=True)
-            moved = tuple(narrowed(at - start, size) for at, start, size in inside)
-            yield from _addresses(tensor.inner, moved, seen)
+            yield from _addresses(tensor.inner, tensor.inside(position), seen)
             yield from _addresses(tensor.outer, position, seen)
 
 

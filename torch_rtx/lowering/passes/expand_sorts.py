@@ -153,7 +153,7 @@ def _order(calls: Calls, descending: bool) -> tuple[int, Value]:
     """
     value, type_ = calls.operand("self")
     try:
-        axis, place = _by_counting(calls, value, type_, descending)
+        axis, place = _by_counting(calls, value, descending)
     except Unsupported:
         axis, place = _by_comparing(calls, value, type_, descending)
     zeros = calls.call("full.default", size=type_.shape, fill_value=0, dtype="i64", device=MAIN)
@@ -162,23 +162,36 @@ def _order(calls: Calls, descending: bool) -> tuple[int, Value]:
     return axis, calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
 
 
-def _by_counting(calls: Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
+def few_integers(calls: Calls) -> tuple[int, int, int]:
+    """Of the operand, a row of integers of which few differ: the least, the greatest, and how many elements it has.
+
+    Raises:
+        Unsupported: there may be many different ones, or any number of elements.
+    """
+    (_, type_), (low, high, whole) = calls.operand("self"), calls.ranges.of(calls.node.arg("self"))
+    if not whole or DTYPES[type_.dtype].kind != INT or len(type_.shape) != 1 or not high - low < MAX_VALUES:
+        raise Unsupported("integers of which many differ")
+    (count,) = type_.shape
+    if not isinstance(count, int):
+        raise Unsupported("a row of any length")
+    return int(low), int(high), count
+
+
+def _by_counting(calls: Calls, value: Value, descending: bool) -> tuple[int, Value]:
     """The axis, and the place of each element along it, for a row of integers of which few differ: how many are
     smaller, and how many equal ones come before.
 
     Raises:
         Unsupported: there may be many different ones.
     """
-    low, high, whole = calls.ranges.of(calls.node.arg("self"))
-    if not whole or DTYPES[type_.dtype].kind != INT or len(type_.shape) != 1 or not high - low < MAX_VALUES:
-        raise Unsupported("integers of which many differ")
-    values, (count,) = int(high - low) + 1, type_.shape
-    if not isinstance(count, int) or not FEWER * values <= count <= MAX_COMPARED // values:
+    low, high, count = few_integers(calls)
+    values = high - low + 1
+    if not FEWER * values <= count <= MAX_COMPARED // values:
         raise Unsupported("a row that is short or very long")
     if descending:
-        number = calls.call("rsub.Scalar", self=value, other=int(high))
+        number = calls.call("rsub.Scalar", self=value, other=high)
     else:
-        number = calls.call("sub.Scalar", self=value, other=int(low))
+        number = calls.call("sub.Scalar", self=value, other=low)
     number = calls.cast(number, "i64")
     is_own = calls.call("eq.Tensor", self=number, other=calls.places(values, 2, 0))
     running = calls.call("cumsum.default", self=is_own, dim=1, dtype="i32")

@@ -23,7 +23,7 @@ from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.rows import PERSISTENT
-from torch_rtx.lowering.passes.expand_sorts import MAX_COMPARED, MAX_VALUES, Calls
+from torch_rtx.lowering.passes.expand_sorts import MAX_COMPARED, Calls, few_integers
 from torch_rtx.lowering.ranges import Ranges
 from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 from torch_rtx.op_work import GROUPED_MM
@@ -173,14 +173,12 @@ def _by_counting(calls: Calls) -> _Sorted:
         Unsupported: there may be many different integers, or too many.
     """
     value, type_ = calls.operand("self")
-    low, high, whole = calls.ranges.of(calls.node.arg("self"))
-    if not whole or DTYPES[type_.dtype].kind != INT or len(type_.shape) != 1 or not high - low < MAX_VALUES:
-        raise Unsupported("integers of which many differ")
-    (count,), values = type_.shape, int(high - low) + 1
-    if not isinstance(count, int) or not 0 < count <= min(PERSISTENT, MAX_COMPARED // values):
+    low, high, count = few_integers(calls)
+    values = high - low + 1
+    if not 0 < count <= min(PERSISTENT, MAX_COMPARED // values):
         raise Unsupported("a long row")
     is_down = calls.node.arg("descending", False) is True
-    first, last, step = (int(high), int(low) - 1, -1) if is_down else (int(low), int(high) + 1, 1)
+    first, last, step = (high, low - 1, -1) if is_down else (low, high + 1, 1)
     row = calls.call("unsqueeze.default", self=value, dim=0)
     edges = calls.call("arange.start_step", start=first, end=last, step=step, dtype=type_.dtype, device=MAIN)
     edges = calls.call("view.default", self=edges, size=(values, 1))
@@ -204,4 +202,4 @@ def _by_counting(calls: Calls) -> _Sorted:
         found = calls.call("index_put.default", self=room, indices=(at,), values=given)
         return calls.call("slice.Tensor", self=found, dim=0, start=0, end=count)
 
-    return _Sorted(int(low), int(high), put(place, positions), put(positions, place), None if is_down else ends)
+    return _Sorted(low, high, put(place, positions), put(positions, place), None if is_down else ends)
