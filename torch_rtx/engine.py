@@ -329,8 +329,10 @@ def calls(graph: Graph) -> Iterator[Node]:
 
 
 def needs_trust(graph: Graph) -> tuple[str, ...]:
-    """The operators in a file that it may call only if its user trusts them, besides launches of kernels."""
-    return tuple(sorted({node.op for node in calls(graph)} - FILE_OPS - {LAUNCH}))
+    """The operators in a file that it may call only if its user trusts them, besides launches of kernels: those that
+    PyTorch does not check, and calls that count from the start of a storage, of which a file knows nothing."""
+    found = {node.op for node in calls(graph) if node.op not in FILE_OPS or node.arg("storage_offset") is not None}
+    return tuple(sorted(found - {LAUNCH}))
 
 
 def _parsed(text: str) -> Graph:

@@ -39,8 +39,8 @@ special_xlog1py.default special_xlog1py.other_scalar special_xlog1py.self_scalar
 special_zeta.other_scalar special_zeta.self_scalar sqrt.default sub.Scalar sub.Tensor tan.default tanh.default
 threshold.default trunc.default where.self xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor
 # view: no data moves
-alias.default detach.default diagonal.default expand.default lift_fresh.default permute.default select.int slice.Tensor
-split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default transpose.int unbind.int
+alias.default as_strided.default detach.default diagonal.default expand.default lift_fresh.default permute.default
+select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default transpose.int unbind.int
 unfold.default unsqueeze.default view.default view.dtype view_as_complex.default view_as_real.default
 # factory: no tensor goes in
 arange.default arange.start arange.start_step empty.memory_format empty_permuted.default empty_strided.default
@@ -143,7 +143,7 @@ _chunk_cat.default _dyn_quant_matmul_4bit.default _embedding_bag.default _embedd
 _grouped_mm.default _histogramdd_bin_edges.default _histogramdd_from_bin_cts.default
 _histogramdd_from_bin_tensors.default _reshape_alias.default _thnn_fused_lstm_cell.default _unsafe_index_put.default
 _unsafe_masked_index.default _unsafe_masked_index_put_accumulate.default _weight_int4pack_mm.default
-_weight_int4pack_mm_for_cpu.default as_strided.default as_strided_copy.default as_strided_scatter.default
+_weight_int4pack_mm_for_cpu.default as_strided_copy.default as_strided_scatter.default
 cudnn_convolution_add_relu.default cudnn_convolution_relu.default embedding_bag.default embedding_bag.padding_idx
 fractional_max_pool2d.default fractional_max_pool3d.default gru.data hash_tensor.default histogram.bin_ct
 histogram.bins_tensor ldexp.Tensor linalg_ldl_solve.default linalg_lu_solve.default linalg_matrix_sqrth.default

@@ -83,7 +83,26 @@ WRONG = {
     "negative": ("x: f32[4]", "y: f32[4] = extern aten.slice.Tensor(self=x, dim=7)", "it does not take"),
     "fallback writes": ("x: f32[4]", "y: f32[4] = fallback aten.copy_.default(self=x, src=x)", "must not write"),
     "backward": ("x: f32[4]", "y: f32[4] = extern aten.tanh_backward.default(grad_output=x, output=x)", "allow-list"),
-    "as_strided": ("x: f32[4]", "y: f32[9] = view aten.as_strided.default(self=x, size=[9], stride=[1])", "allow-list"),
+    "storage": (
+        "x: f32[4]",
+        "y: f32[2] = view aten.as_strided.default(self=x, size=[2], stride=[1], storage_offset=0)",
+        "allow-list",
+    ),
+    "as_strided": (
+        "x: f32[4]",
+        "y: f32[3, 2](2, 1) = view aten.as_strided.default(self=x, size=[3, 2], stride=[2, 1])",
+        "it reaches 6 elements far in memory of 4",
+    ),
+    "as_strided in gaps": (
+        "x: f32[2, 2](8, 1)",
+        "y: f32[10] = view aten.as_strided.default(self=x, size=[10], stride=[1])",
+        "it reaches 10 elements far in memory of 4",
+    ),
+    "as_strided of an expanded tensor": (
+        "x: f32[4](0)",
+        "y: f32[4] = view aten.as_strided.default(self=x, size=[4], stride=[1])",
+        "it reaches 4 elements far in memory of 1",
+    ),
     "statistics": (
         "x: f32[1, 400]; w: f32[1]",
         f"y: f32[1, 400], _, _ = {NORM}running_var=w, momentum=0.1, eps=0.0)",
@@ -279,7 +298,7 @@ def test_no_operator_of_a_file_is_untrusted() -> None:
 
 
 def test_trusted_operators_are_not_checked() -> None:
-    lines = call("x: f32[4]", "y: f32[9] = view aten.as_strided.default(self=x, size=[9], stride=[1])")
+    lines = call("x: f32[4]", "y: f32[9] = view aten.as_strided.default(self=x, size=[9], stride=[1], storage_offset=0)")
     with pytest.raises(InvalidIR, match=r'trusted_ops=\["aten.as_strided.default"\]'):
         check(*lines)
     check(*lines, trusted=("aten.as_strided.default",))

@@ -439,7 +439,7 @@ def test_digests_of_large_files(threads, tmp_path, monkeypatch):
 
 
 def test_inspect_says_what_needs_trust(tmp_path):
-    module = torch_rtx.compile(Function(lambda x: x.as_strided((2, 2), (1, 1)) + 1), (torch.ones(9),))
+    module = torch_rtx.compile(Function(lambda x: x.as_strided((2, 2), (1, 1), 0) + 1), (torch.ones(9),))
     torch_rtx.save(module, tmp_path / "model.rtx")
     seen = torch_rtx.inspect(tmp_path / "model.rtx")
     assert seen.needs_trust == ("aten.as_strided.default",)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from torch_rtx import aten
+
 Given = Mapping[str, Any]  # the arguments by name: meta tensors, numbers, lists
 Used = Sequence[bool]
 MAX_EMPTY = 2**20  # a size of a tensor without elements, for which memory is needed nevertheless
@@ -146,6 +148,15 @@ def _pieces(given: Given, used: Used) -> str | None:
     return None if max(found, 1) == len(used) else f"it has {found} results, of which the graph takes {len(used)}"
 
 
+def _strided(given: Given, used: Used) -> str | None:
+    """A view by sizes and strides stays inside of the tensor. A call may return a tensor with other gaps than the file
+    says, but never one of fewer elements; what is expanded has less memory than elements."""
+    tensor = given["self"]
+    length = min(tensor.numel(), aten.extent(tensor.shape, tensor.stride()))
+    reach = aten.extent(given["size"], given["stride"]) if len(given["size"]) == len(given["stride"]) else 0
+    return None if reach <= length else f"it reaches {reach} elements far in memory of {length}"
+
+
 def _recurrent(given: Given, used: Used) -> str | None:
     """Parameters and states of LSTMs and GRUs must have the sizes of the layers. Projections are not known here."""
     tensor, states = given["input"], _states(given)
@@ -204,6 +215,7 @@ RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
     **dict.fromkeys(("upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"), _upsample),
     **dict.fromkeys(("unbind", "unbind_copy", "split", "unsafe_split"), _pieces),
     **dict.fromkeys(("lstm", "gru"), _recurrent),
+    "as_strided": _strided,
     "_pdist_forward": _planar,
     "normal.Tensor_Tensor": _one_dtype,
     **dict.fromkeys(("binary_cross_entropy", "mse_loss", "smooth_l1_loss"), _loss),
