@@ -40,8 +40,9 @@ special_zeta.other_scalar special_zeta.self_scalar sqrt.default sub.Scalar sub.T
 threshold.default trunc.default where.self xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor
 # view: no data moves
 alias.default as_strided.default detach.default diagonal.default expand.default lift_fresh.default permute.default
-select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default transpose.int unbind.int
-unfold.default unsqueeze.default view.default view.dtype view_as_complex.default view_as_real.default
+select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default
+transpose.int unbind.int unfold.default unsqueeze.default view.default view.dtype view_as_complex.default
+view_as_real.default
 # factory: no tensor goes in
 arange.default arange.start arange.start_step empty.memory_format empty_permuted.default empty_strided.default
 eye.default eye.m full.default hann_window.default linspace.default logspace.default ones.default scalar_tensor.default

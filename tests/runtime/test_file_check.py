@@ -298,7 +298,8 @@ def test_no_operator_of_a_file_is_untrusted() -> None:
 
 
 def test_trusted_operators_are_not_checked() -> None:
-    lines = call("x: f32[4]", "y: f32[9] = view aten.as_strided.default(self=x, size=[9], stride=[1], storage_offset=0)")
+    view = "y: f32[9] = view aten.as_strided.default(self=x, size=[9], stride=[1], storage_offset=0)"
+    lines = call("x: f32[4]", view)
     with pytest.raises(InvalidIR, match=r'trusted_ops=\["aten.as_strided.default"\]'):
         check(*lines)
     check(*lines, trusted=("aten.as_strided.default",))

@@ -327,6 +327,28 @@ def assert_found(check: CandidateCheck) -> None:
             assert f"output {position}" in str(check.problem(lambda *_, wrong=wrong: wrong))  # type: ignore[misc,arg-type]
 
 
+TABLE = """t: f16[4000, 16]
+i: i64[2, 6]
+e: f16[2, 6, 16] = embedding.default(weight=t, indices=i)
+y: f16[2, 6, 16] = layer_norm.default(input=e, normalized_shape=[16])
+return y"""
+
+
+def test_a_table_stays_narrow() -> None:
+    """Only the rows that are looked up become float64."""
+    graph = body(TABLE)
+    given = tuple((value.name, value) for value in graph.inputs)
+    check = CandidateCheck(Node("kernel", "k", given, (graph.outputs[0],), graph), CPU)
+    with Live() as live:
+        (piece,) = check._pieces(wide=True)
+    table, indices = check._inputs
+    expected = torch.nn.functional.layer_norm(table.double()[indices], (16,))
+    torch.testing.assert_close(piece.right, expected, rtol=1e-12, atol=1e-12)
+    assert piece.right.dtype == torch.float64
+    assert live.most < 1.5 * check._parts[0].bytes < table.nbytes
+    assert_found(check)
+
+
 def test_calls_need_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no kernel runs, results that are those of the calls are right; others are compared with float64."""
     check = CandidateCheck(kernel_of("logits"), CPU)

@@ -30,6 +30,11 @@ BUDGET = 64 << 20  # bytes that float64 may take; a region that takes less is on
 SCORES = 3  # times that an attention holds its scores in float64
 MANY, MORE = 512, 4  # pieces, above which these get so many times the memory: each takes its launches
 LEVELS, WORTH = 3, 0.9  # at which pieces are cut again, where that leaves a smaller share of their bytes
+# Calls that select elements of a table, and which argument that is: what they select becomes float64, not the table.
+LOOKUPS = {
+    "aten.embedding.default": "weight",
+    **dict.fromkeys(("aten.index_select.default", "aten.gather.default", "aten.index.Tensor"), "self"),
+}
 Place = tuple[slice, ...]
 
 
@@ -95,8 +100,11 @@ class Calls:
 
     def __init__(self, part: Part, device: torch.device, wide: bool) -> None:
         self._wide = wide
-        graph, constants = (in_float64(one) if wide else one for one in (part.graph, part.constants))
+        graph, constants = inline_kernels(part.graph, {}), part.constants
         self._names = [value.name for value in graph.inputs]
+        self._tables = tables(graph)
+        if wide:
+            graph, constants = in_float64(graph), in_float64(constants)
         self._code: Code = compile_graph(graph, device)
         made = compile_graph(constants, device)((), ()) if constants.nodes else ()
         self._constants = {value.name: one for value, one in zip(attr_values(constants.outputs), made, strict=True)}
@@ -114,7 +122,7 @@ class Calls:
             return self._kept[name][1]
         self._kept.pop(name, None)
         found = (self._constants[name] if name in self._constants else inputs[name])[place]
-        if self._wide and aten.dtype_name(found.dtype) in NARROW_FLOATS:
+        if self._wide and name not in self._tables and aten.dtype_name(found.dtype) in NARROW_FLOATS:
             found = found.double()
         elif name in self._written:
             found = copy_of(found)
@@ -265,11 +273,10 @@ def _split(flat: Graph, positions: Sequence[int]) -> tuple[Graph, Graph]:
 
 def _explicit(flat: Graph) -> Graph:
     """The same results without writes to inputs, and with masks instead of attention to earlier positions."""
-    nodes, taken, numbers = list[Node](), {value.name for value in flat.values()}, count()
+    nodes, names = list[Node](), _new_names(flat)
 
     def emit(op: str, dtype: str, shape: tuple[int, ...], **args: Attr) -> Value:
-        name = next(name for number in numbers if (name := f"m{number}") not in taken)
-        made = Value(name, TensorType(dtype, shape, contiguous(shape)))
+        made = Value(next(names), TensorType(dtype, shape, contiguous(shape)))
         nodes.append(Node("op", op, tuple(args.items()), (made,)))
         return made
 
@@ -285,6 +292,12 @@ def _explicit(flat: Graph) -> Graph:
     return replace(flat, nodes=tuple(nodes))
 
 
+def _new_names(graph: Graph) -> Iterator[str]:
+    """Names that no value of `graph` has."""
+    taken = {value.name for value in graph.values()}
+    return (name for number in count() if (name := f"m{number}") not in taken)
+
+
 def _has_no_mask(node: Node) -> bool:
     return all(node.arg(name) in (None, ()) for name in ("attn_mask", "fill", "band"))
 
@@ -294,9 +307,11 @@ def _results(graph: Graph) -> list[Value]:
 
 
 def wide_bytes(graph: Graph) -> int:
-    """About the bytes that a static graph takes in float64: its inputs, and the most that it holds beside them."""
+    """About the bytes that a static graph takes in float64: its inputs, without tables, and the most that it holds
+    beside them."""
     base, last = aten.bases(graph), dict[str, int]()
     sizes = {value.name: 0 if value.name in base else _wide(value) for value in graph.values()}
+    sizes |= dict.fromkeys(tables(graph), 0)
     for index, node in enumerate(graph.nodes):
         last.update((base.get(value.name, value.name), index) for value in (*node.inputs, *node.results))
     kept = {base.get(value.name, value.name) for value in (*graph.inputs, *_results(graph))}
@@ -336,21 +351,43 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((extent,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
+def tables(graph: Graph) -> set[str]:
+    """Inputs of floats that only lookups read, in a graph without kernel nodes."""
+    floats = (value for value in graph.inputs if isinstance(value.type, TensorType))
+    found = {value.name for value in floats if value.type.dtype in NARROW_FLOATS} - graph.written
+    for node in graph.nodes:
+        table = node.arg(LOOKUPS.get(node.op, ""))
+        read = [value.name for value in node.inputs]
+        if isinstance(table, Value) and read.count(table.name) == 1:
+            read.remove(table.name)
+        found.difference_update(read)
+    return found.difference(value.name for value in _results(graph))
+
+
 def in_float64(graph: Graph) -> Graph:
-    """The same operations in float64, casts to narrower floats included."""
+    """The same operations in float64, casts to narrower floats included. Tables, see `tables`, stay as they are."""
+    narrow, names = tables(graph), _new_names(graph)
 
     def value(v: Value) -> Value:
-        if not isinstance(v.type, TensorType) or v.type.dtype not in NARROW_FLOATS:
+        if v.name in narrow or not isinstance(v.type, TensorType) or v.type.dtype not in NARROW_FLOATS:
             return v
         return replace(v, type=replace(v.type, dtype="f64"))
 
     def attr(name: str, given: Attr) -> Attr:
         return "f64" if "dtype" in name and given in NARROW_FLOATS else attr_map(given, value)
 
-    def node(n: Node) -> Node:
+    def nodes(n: Node) -> Iterator[Node]:
         args = tuple((name, attr(name, given)) for name, given in n.args)
         outputs = tuple(None if v is None else value(v) for v in n.outputs)
-        return replace(n, args=args, outputs=outputs, body=None if n.body is None else in_float64(n.body))
+        body = None if n.body is None else in_float64(n.body)
+        table = n.arg(LOOKUPS.get(n.op, ""))
+        if not isinstance(table, Value) or table.name not in narrow:
+            yield replace(n, args=args, outputs=outputs, body=body)
+            return
+        (found,), (made,) = n.results, outputs
+        selected = replace(found, name=next(names))
+        yield replace(n, args=args, outputs=(selected,))
+        yield Node("op", "aten._to_copy.default", (("self", selected), ("dtype", "f64")), (made,), loc=n.loc)
 
     inputs, outputs = tuple(map(value, graph.inputs)), tuple(attr_map(output, value) for output in graph.outputs)
-    return replace(graph, inputs=inputs, nodes=tuple(map(node, graph.nodes)), outputs=outputs)
+    return replace(graph, inputs=inputs, nodes=tuple(one for n in graph.nodes for one in nodes(n)), outputs=outputs)
