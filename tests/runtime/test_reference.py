@@ -134,7 +134,7 @@ def assert_cut_right(graph: Graph, tensors: dict[str, torch.Tensor]) -> int:
         for family in families(alone, [output]):
             sizes = {(n, a): shape_of(named[n])[a] // family.units for n, a in family.axes.items() if n in named}
             for units in {1, family.units // 2 + 1} - {family.units}:
-                part = Part(cut(alone, family, units), (0,), (Level(family, units, sizes),), NOTHING, 0)
+                part = Part(cut(alone, family, units), (0,), (Level(family, units, sizes),), NOTHING, NOTHING, 0)
                 pieces = [(lies, new, Calls(part, CPU, True)(tensors, lies)[0]) for lies, new in part.places()]
                 assert_joined(output.name, pieces, whole)
                 found += 1
@@ -244,6 +244,21 @@ z: H[24] = sum.dim_IntList(self=y, dim=[0])
 m: H[50] = amax.default(self=y, dim=[1])
 return y, z, m""",
         [(0,), (1,), (2,)],
+    ),
+    "queries, keys and values in one tensor": (
+        """x: H[1, 24, 48]
+p: H[1, 24, 16](1152, 48, 1) = slice.Tensor(self=x, dim=2, start=0, end=16)
+a: H[1, 24, 2, 8](1152, 48, 8, 1) = view.default(self=p, size=[1, 24, 2, 8])
+q: H[1, 2, 24, 8](1152, 8, 48, 1) = transpose.int(self=a, dim0=1, dim1=2)
+r: H[1, 24, 16](1152, 48, 1) = slice.Tensor(self=x, dim=2, start=16, end=32)
+b: H[1, 24, 2, 8](1152, 48, 8, 1) = view.default(self=r, size=[1, 24, 2, 8])
+k: H[1, 2, 24, 8](1152, 8, 48, 1) = transpose.int(self=b, dim0=1, dim1=2)
+s: H[1, 24, 16](1152, 48, 1) = slice.Tensor(self=x, dim=2, start=32, end=48)
+c: H[1, 24, 2, 8](1152, 48, 8, 1) = view.default(self=s, size=[1, 24, 2, 8])
+v: H[1, 2, 24, 8](1152, 8, 48, 1) = transpose.int(self=c, dim0=1, dim1=2)
+y: H[1, 2, 24, 8] = scaled_dot_product_attention.default(query=q, key=k, value=v)
+return y""",
+        [(0,)],
     ),
     "a cache": (
         """c: H[4, 30, 8]

@@ -35,6 +35,7 @@ LOOKUPS = {
     "aten.embedding.default": "weight",
     **dict.fromkeys(("aten.index_select.default", "aten.gather.default", "aten.index.Tensor"), "self"),
 }
+NOTHING = Graph("import")
 Place = tuple[slice, ...]
 
 
@@ -55,7 +56,8 @@ class Part:
         graph: for one piece.
         positions: of the results among those of the region.
         levels: how pieces are cut, from the outside in; none: there is one.
-        constants: what the graph's inputs beside the region's are, and what computes them.
+        constants, views: what the graph's inputs beside the region's are, and what computes them: of nothing, and
+            without moving data of the region's inputs.
         bytes: about what a piece takes in float64.
     """
 
@@ -63,6 +65,7 @@ class Part:
     positions: tuple[int, ...]
     levels: tuple[Level, ...]
     constants: Graph
+    views: Graph
     bytes: int
 
     def places(self) -> Iterator[tuple[dict[str, Place], dict[str, Place]]]:
@@ -108,20 +111,25 @@ class Calls:
         self._code: Code = compile_graph(graph, device)
         made = compile_graph(constants, device)((), ()) if constants.nodes else ()
         self._constants = {value.name: one for value, one in zip(attr_values(constants.outputs), made, strict=True)}
+        self._views, self._see = part.views, compile_graph(part.views, device)
+        self._seen: dict[str, torch.Tensor] = {}
         inner = {name for name, _ in part.levels[-1].sizes} if part.levels else set[str]()
         self._stays = {name for name in self._names if part.levels and name not in inner}
         self._kept: dict[str, tuple[Place, torch.Tensor]] = {}
         self._written = graph.written
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> Sequence[torch.Tensor]:
-        """The results of the piece at `places`, of the whole `inputs`."""
+        """The results of the piece at `places`, of the whole `inputs`, which are the same ones in each call."""
+        if not self._seen and self._views.nodes:
+            seen = self._see([inputs[value.name] for value in self._views.inputs], ())
+            self._seen = {value.name: one for value, one in zip(_results(self._views), seen, strict=True)}
         return self._code(Owned(self._input(inputs, name, places[name]) for name in self._names), ())
 
     def _input(self, inputs: Mapping[str, torch.Tensor], name: str, place: Place) -> torch.Tensor:
         if name in self._kept and self._kept[name][0] == place:
             return self._kept[name][1]
         self._kept.pop(name, None)
-        found = (self._constants[name] if name in self._constants else inputs[name])[place]
+        found = next(tensors[name] for tensors in (self._constants, self._seen, inputs) if name in tensors)[place]
         if self._wide and name not in self._tables and aten.dtype_name(found.dtype) in NARROW_FLOATS:
             found = found.double()
         elif name in self._written:
@@ -137,7 +145,7 @@ def whole_of(graph: Graph) -> Part:
 
 
 def _whole(graph: Graph, flat: Graph) -> Part:
-    return Part(graph, tuple(range(len(graph.outputs))), (), Graph("import"), wide_bytes(flat))
+    return Part(graph, tuple(range(len(graph.outputs))), (), NOTHING, NOTHING, wide_bytes(flat))
 
 
 def parts_of(graph: Graph) -> list[Part]:
@@ -167,6 +175,7 @@ Cuts = list[tuple[Family, int]]  # from the outside in: families, and how many u
 def _part(flat: Graph, positions: tuple[int, ...], budget: int) -> Part:
     """These results of `flat`, in pieces as large as may be."""
     graph, constants = _split(flat, positions)
+    graph, views = _without_views(graph, {value.name for value in flat.inputs} - flat.written)
     cuts = _cuts(graph, budget)
     if _count(cuts) > MANY:
         cuts = _cuts(graph, MORE * budget)
@@ -176,7 +185,7 @@ def _part(flat: Graph, positions: tuple[int, ...], budget: int) -> Part:
         axes = [(name, axis) for name, axis in family.axes.items() if name in shapes]
         levels.append(Level(family, units, {(n, axis): shapes[n][axis] // family.units for n, axis in axes}))
         graph = cut(graph, family, units)
-    return Part(graph, positions, tuple(levels), constants, wide_bytes(graph))
+    return Part(graph, positions, tuple(levels), constants, views, wide_bytes(graph))
 
 
 def _cuts(graph: Graph, budget: int) -> Cuts:
@@ -269,6 +278,29 @@ def _split(flat: Graph, positions: Sequence[int]) -> tuple[Graph, Graph]:
     inputs = (*(value for value in flat.inputs if value.name in needed), *made)
     graph = replace(flat, inputs=inputs, nodes=tuple(reversed(nodes)), outputs=outputs)
     return graph, Graph(flat.level, nodes=tuple(reversed(constants)), outputs=made)
+
+
+def _without_views(graph: Graph, known: set[str]) -> tuple[Graph, Graph]:
+    """`graph` that gets views of its `known` inputs as inputs, and what computes these: queries, keys and values that lie
+    in one tensor are independent ones then."""
+    views, nodes = list[Node](), list[Node]()
+    for node in graph.nodes:
+        sizes = [math.prod(shape_of(value)) for value in (*node.inputs, *node.results)]
+        is_part = len(node.inputs) == 1 and max(sizes) == sizes[0]  # and not an expanded one, of which a row is enough
+        if is_part and aten.is_view(aten.overload(node.op)) and node.inputs[0].name in known:
+            known = known | {value.name for value in node.results}
+            views.append(node)
+        else:
+            nodes.append(node)
+    outputs = {value.name for value in _results(graph)}
+    read = {value.name for node in nodes for value in node.inputs} | outputs
+    seen = tuple(value for node in views for value in node.results if value.name in read)
+    if not outputs.isdisjoint(value.name for value in seen):
+        return graph, NOTHING
+    needed = {value.name for node in views for value in node.inputs}
+    given = tuple(value for value in graph.inputs if value.name in needed)
+    inputs = (*(value for value in graph.inputs if value.name in read), *seen)
+    return replace(graph, inputs=inputs, nodes=tuple(nodes)), Graph(graph.level, given, nodes=tuple(views), outputs=seen)
 
 
 def _explicit(flat: Graph) -> Graph:
