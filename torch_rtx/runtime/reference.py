@@ -281,8 +281,8 @@ def _split(flat: Graph, positions: Sequence[int]) -> tuple[Graph, Graph]:
 
 
 def _without_views(graph: Graph, known: set[str]) -> tuple[Graph, Graph]:
-    """`graph` that gets views of its `known` inputs as inputs, and what computes these: queries, keys and values that lie
-    in one tensor are independent ones then."""
+    """`graph` that gets views of its `known` inputs as inputs, and what computes these: queries, keys and values that
+    lie in one tensor are independent ones then."""
     views, nodes = list[Node](), list[Node]()
     for node in graph.nodes:
         sizes = [math.prod(shape_of(value)) for value in (*node.inputs, *node.results)]
@@ -300,7 +300,8 @@ def _without_views(graph: Graph, known: set[str]) -> tuple[Graph, Graph]:
     needed = {value.name for node in views for value in node.inputs}
     given = tuple(value for value in graph.inputs if value.name in needed)
     inputs = (*(value for value in graph.inputs if value.name in read), *seen)
-    return replace(graph, inputs=inputs, nodes=tuple(nodes)), Graph(graph.level, given, nodes=tuple(views), outputs=seen)
+    seeing = Graph(graph.level, given, nodes=tuple(views), outputs=seen)
+    return replace(graph, inputs=inputs, nodes=tuple(nodes)), seeing
 
 
 def _explicit(flat: Graph) -> Graph:
