@@ -386,8 +386,9 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def tables(graph: Graph) -> set[str]:
     """Inputs of floats that only lookups read, in a graph without kernel nodes."""
-    floats = (value for value in graph.inputs if isinstance(value.type, TensorType))
-    found = {value.name for value in floats if value.type.dtype in NARROW_FLOATS} - graph.written
+    found = {
+        value.name for value in graph.inputs if isinstance(value.type, TensorType) and value.type.dtype in NARROW_FLOATS
+    } - graph.written
     for node in graph.nodes:
         table = node.arg(LOOKUPS.get(node.op, ""))
         read = [value.name for value in node.inputs]
