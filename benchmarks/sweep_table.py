@@ -277,7 +277,7 @@ SWEEP: tuple[Entry, ...] = (
     ),
     _encoder("esm", "EsmModel", 33, 256, 4, vocab_size=33, pad_token_id=1, mask_token_id=32),
     _encoder("canine", "CanineModel", 60000, 512, 2),
-    _encoder("ibert", "IBertModel", 50265),
+    _encoder("ibert", "IBertModel", 30522),
     _encoder("layoutlm", "LayoutLMModel", 30522),
     _transformers(
         "switch",
