@@ -119,8 +119,12 @@ def _report(options: argparse.Namespace) -> int:
     found = results.merged(options.files or sorted(CHECKED_IN.glob("*.json")))
     text = report.page(found)
     if options.docs:
-        speedups = report.speedups(found)
-        pages = {"performance.md": report.short_page(speedups), "performance.svg": chart.speedup_chart(speedups)}
+        speedups, outside = report.speedups(found), report.speedups(found, "sweep")
+        pages = {
+            "performance.md": report.short_page(speedups, outside),
+            "performance.svg": chart.speedup_chart(speedups),
+            "performance-outside.svg": chart.speedup_chart(outside),
+        }
         for name, content in {**pages, "performance-details.md": text}.items():
             (options.docs / name).write_text(content)
     elif options.out:

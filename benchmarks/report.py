@@ -14,6 +14,7 @@ from benchmarks.peers import PEERS
 from benchmarks.quantized import QUANTIZED, beside
 from benchmarks.results import Results, Row, headline, metric
 from benchmarks.suites import SUITES, Suite
+from benchmarks.sweep_table import SWEEP
 
 Cell = Callable[[Row, dict[str, Any]], str]
 DASH = "–"
@@ -30,9 +31,18 @@ both sides take turns in one process, on {devices}. A workload is a model, its b
 ![Times faster, by workload](performance.svg)
 
 {table}
+## Models from outside
+
+Models of timm, torchvision, transformers and diffusers, and a few that are written here. `benchmarks/sweep_table.py`
+listed all {listed} before any of them ran. So far {ran} ran beside another compiler, and each of these is in the table.
+
+{means}
+![Times faster, by model from outside](performance-outside.svg)
+
+{outside}
 [How this was measured, and everything else that was](performance-details.md): all compilers, cold starts, memory,
 training, quantized models. `torch-rtx bench` measures your model on your GPU; in a clone, `python -m benchmarks run`
-measures these workloads.
+and `python -m benchmarks sweep` measure these.
 """
 HEAD = """\
 # Performance, in detail
@@ -379,10 +389,10 @@ class Speedup:
     times: dict[str, float]
 
 
-def speedups(results: Results) -> list[Speedup]:
-    """Of all workloads that ran beside another compiler."""
-    latency = [section for section in sections(results) if section.suite.name == "latency" and section.size == "full"]
-    rows = [row for section in latency for row in section.ok if metric(row, "device_ms") and metric(row, "ratio")]
+def speedups(results: Results, suite: str = "latency") -> list[Speedup]:
+    """Of all workloads of a suite that ran beside another compiler."""
+    chosen = [section for section in sections(results) if section.suite.name == suite and section.size == "full"]
+    rows = [row for section in chosen for row in section.ok if metric(row, "device_ms") and metric(row, "ratio")]
     found = []
     for workload, group in groupby(rows, key=shape):
         ours = [row for row in group if PEERS[row["peer"]].ours and metric(row, "ratio")["against"] not in NO_COMPILER]
@@ -410,6 +420,17 @@ def speedup_table(found: Sequence[Speedup]) -> str:
         for one in found
     ]
     return table(["workload", *["compared with"] * several, "torch_rtx, device ms", *WAYS], lines)
+
+
+def speedup_means(found: Sequence[Speedup]) -> str:
+    """How many times faster each way is, in short."""
+    lines = []
+    for way in WAYS:
+        times = [one.times[way] for one in found if way in one.times]
+        if times:
+            mean = geometric_mean(times)
+            lines.append(f"- {way}: {mean:.2f}x in the geometric mean of {len(times)}, {min(times):.2f}x at least\n")
+    return "".join(lines)
 
 
 def _means(section: Section) -> str:
@@ -491,12 +512,13 @@ def sweep_summary(section: Section) -> str:
     ours = [row for row in section.ok if PEERS[row["peer"]].ours]
     for peer in dict.fromkeys(row["peer"] for row in ours):
         rows = [row for row in ours if row["peer"] == peer]
-        faster = {row["model"]: 1 / metric(row, "ratio")["median"] for row in rows if metric(row, "ratio")}
+        beside = [row for row in rows if metric(row, "ratio") and metric(row, "ratio")["against"] not in NO_COMPILER]
+        faster = {row["model"]: 1 / metric(row, "ratio")["median"] for row in beside}
         if faster:
             slower = sorted((times, model) for model, times in faster.items() if times < 1)
             named = ", ".join(f"{model} {times:.2f}x" for times, model in slower) or "none"
             mean = geometric_mean(list(faster.values()))
-            lines.append(f"{peer}: {mean:.2f}x the best other peer in the geometric mean of {len(faster)} models")
+            lines.append(f"{peer}: {mean:.2f}x the best other compiler in the geometric mean of {len(faster)} models")
             lines.append(f"{peer}: below 1.0x: {named}")
         seconds = sorted(found for row in rows if (found := metric(row, "settle_s")) is not None)
         if seconds:
@@ -543,9 +565,10 @@ def page(results: Results) -> str:
     return HEAD + "".join(section_text(section, results.environments) for section in sections(results))
 
 
-def short_page(found: Sequence[Speedup]) -> str:
-    """The page that has what most ask for: a plot, and a table."""
+def short_page(found: Sequence[Speedup], outside: Sequence[Speedup] = ()) -> str:
+    """The page that has what most ask for: a plot and a table, of our own workloads and of models from outside."""
     devices = " and ".join(dict.fromkeys(one.device for one in found))
     others = {one.against for one in found}
     against = f", which is `{others.pop()}` for all of them" if len(others) == 1 else ""
-    return SHORT.format(devices=devices, against=against, table=speedup_table(found))
+    tables = {"table": speedup_table(found), "outside": speedup_table(outside), "means": speedup_means(outside)}
+    return SHORT.format(devices=devices, against=against, listed=len(SWEEP), ran=len(outside), **tables)

@@ -315,7 +315,7 @@ def test_the_summary() -> None:
     (section,) = report.sections(rows(*FOUND))
     text = report.section_text(section, rows(*FOUND).environments)
     for line in (
-        "- rtx-exported-lazy: 1.00x the best other peer in the geometric mean of 2 models",
+        "- rtx-exported-lazy: 1.00x the best other compiler in the geometric mean of 2 models",
         "- rtx-exported-lazy: below 1.0x: own.unet 0.50x",
         "- rtx-exported-lazy: at full speed after 4.00 s in the median, 4.00 s at most",
         "- rtx-exported-lazy: 1 of 2 models have library calls left",
