@@ -237,6 +237,9 @@ SWEEP: tuple[Entry, ...] = (
         few={"num_hidden_layers": 2, "num_experts": 8},
     ),
     _decoder(
+        "mixtral", "MixtralForCausalLM", 32000, num_hidden_layers=4, few={"hidden_size": 512, "num_hidden_layers": 2}
+    ),
+    _decoder(
         "qwen3_next",
         "Qwen3NextForCausalLM",
         32000,
