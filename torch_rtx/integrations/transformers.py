@@ -255,8 +255,7 @@ def _caches(
     """Let the model fill a cache.
 
     Args:
-        narrow: see `_own_keys`. A model that asks the cache for its length does not take that, nor does PyTorch 2.11
-            where heads share keys.
+        narrow: see `_own_keys`. A model that asks the cache for its length does not take that.
         source: see `export_generate`.
     """
     from torch_rtx.backend.capture import with_fakes
