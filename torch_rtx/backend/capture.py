@@ -43,6 +43,7 @@ from torch_rtx.backend.fake_triton import standing_in, traced_launches, whole_op
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.known_values import fixed_numbers, known_values
+from torch_rtx.backend.light_trace import light_trace
 from torch_rtx.backend.ordered_sizes import ordered_multiples
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
@@ -329,7 +330,15 @@ def _export(
     known: Mapping[torch.Tensor, torch.Tensor],
 ) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock, _exporting(), known_values(known), traced_launches(), ordered_multiples():
+    with (
+        torch.no_grad(),
+        compile_lock,
+        _exporting(),
+        known_values(known),
+        traced_launches(),
+        ordered_multiples(),
+        light_trace(),
+    ):
         if is_divided(model):
             with keep_ops(), _mending({}):
                 return export_divided(model, args, kwargs, dynamic_shapes)

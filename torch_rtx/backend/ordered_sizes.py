@@ -26,7 +26,7 @@ def ordered_multiples() -> Iterator[None]:
         yield
         return
 
-    def with_multiples(cls: Any, values: Any, **options: Any) -> set[sympy.Expr]:
+    def with_multiples(cls: Any, values: Any, /, **options: Any) -> set[sympy.Expr]:
         return extreme_multiple(cls, before.__func__(cls, values, **options))
 
     kind._find_localzeros = classmethod(with_multiples)
