@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._export.passes import replace_set_grad_with_hop_pass
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import proxy
 
 from torch_rtx.backend import capture
@@ -71,6 +72,16 @@ def test_switches_without_an_effect_are_left_out(monkeypatch: pytest.MonkeyPatch
     assert not divided
     capture.capture_export(Switches().eval(), (torch.ones(3, 4),))
     assert divided
+
+
+def test_types_of_layers_are_inferred_once() -> None:
+    counts = []
+    for layers in (2, 12):
+        FakeTensorMode.cache_clear()
+        capture.capture_export(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))), (torch.ones(2, 3, 4),))
+        info = FakeTensorMode.cache_info()
+        counts.append(info.hits + info.misses + sum(info.bypasses.values()))
+    assert counts[1] - counts[0] == 10  # by its parts, a linear layer has four calls
 
 
 def test_pytorch_is_as_before() -> None:

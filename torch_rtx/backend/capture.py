@@ -330,9 +330,10 @@ def _export(
     known: Mapping[torch.Tensor, torch.Tensor],
 ) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
+    # PyTorch infers the type of a kept operator once for all calls alike, and that of a composite by its parts.
     with (
         torch.no_grad(),
-        compile_lock,
+        keep_ops(),
         _exporting(),
         known_values(known),
         traced_launches(),
@@ -340,7 +341,7 @@ def _export(
         light_trace(),
     ):
         if is_divided(model):
-            with keep_ops(), _mending({}):
+            with _mending({}):
                 return export_divided(model, args, kwargs, dynamic_shapes)
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
