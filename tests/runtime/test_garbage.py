@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+import torch_rtx
 from torch_rtx.backend import capture
 from torch_rtx.runtime.garbage import uncollected
 
@@ -59,4 +60,28 @@ def test_captures_are_not_interrupted(fails):
     else:
         call(torch.ones(2))
     assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_builds_are_not_interrupted_between_their_stages():
+    seen = []
+
+    class Nothing:
+        """A cache that has no entries; it is asked between capture and lowering."""
+
+        def get(self, name, size=None):
+            seen.append(gc.isenabled())
+
+        def put(self, name, data):
+            seen.append(gc.isenabled())
+
+        def delete(self, name):
+            pass
+
+        def entries(self):
+            return ()
+
+    torch_rtx.compile(torch.nn.ReLU(), (torch.ones(2),), engine_cache=Nothing())
+    assert seen
+    assert not any(seen)
     assert gc.isenabled()

@@ -30,6 +30,7 @@ from torch_rtx.lowering.from_fx import Role, number_of
 from torch_rtx.lowering.kernels.toolchain import built_with
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.attributes import facts_of
+from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.groups import named_groups
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
@@ -41,6 +42,7 @@ from torch_rtx.version import __version__
 log = logging.getLogger(__name__)
 
 
+@uncollected()
 def compile(
     model: nn.Module | ExportedProgram | str | os.PathLike[str] | Any,
     args: Sequence[Any] | None = None,

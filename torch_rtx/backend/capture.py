@@ -43,6 +43,8 @@ from torch_rtx.backend.fake_triton import standing_in, traced_launches, whole_op
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.known_values import fixed_numbers, known_values
+from torch_rtx.backend.light_trace import light_trace
+from torch_rtx.backend.ordered_sizes import ordered_multiples
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
@@ -328,9 +330,18 @@ def _export(
     known: Mapping[torch.Tensor, torch.Tensor],
 ) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock, _exporting(), known_values(known), traced_launches():
+    # PyTorch infers the type of a kept operator once for all calls alike, and that of a composite by its parts.
+    with (
+        torch.no_grad(),
+        keep_ops(),
+        _exporting(),
+        known_values(known),
+        traced_launches(),
+        ordered_multiples(),
+        light_trace(),
+    ):
         if is_divided(model):
-            with keep_ops(), _mending({}):
+            with _mending({}):
                 return export_divided(model, args, kwargs, dynamic_shapes)
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -358,9 +369,16 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
         program = copy(program)
         program._constants = dict(program.constants)
-        mended = _mending(program.constants)
         table, with_triton = FAST_PATH | definitions() | registered_definitions(), _is_for_gpu(program)
-        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), mended, standing_in(), defined_operators():
+        with (
+            torch.no_grad(),
+            keep_ops(),
+            unset_fake_temporarily(),
+            _mending(program.constants),
+            standing_in(),
+            defined_operators(),
+            ordered_multiples(),
+        ):
             program = decomposed(program, table, with_triton) or _decompose_exported_program(
                 program,
                 cia_to_decomp={},

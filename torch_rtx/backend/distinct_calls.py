@@ -236,7 +236,7 @@ class _Copy:
         return isinstance(node.meta["val"], FakeTensor) and all(self._type(a) == self._type(b) for a, b in pairs)
 
     def _traced(self, node: fx.Node, values: Sequence[Any], spec: pytree.TreeSpec, given: Sequence[fx.Node]) -> _Parts:
-        last = next(reversed(self.graph.nodes), None)
+        last = next(iter(reversed(self.graph.nodes)), None)  # that of PyTorch 2.11 is no iterator
         known = {one: one.meta["val"] for one in given}
         with _disable_current_modes():
             if len({*map(id, known.values())}) < len(known):

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch_rtx.errors import CaptureError, IntegrationError, SettingsError
 from torch_rtx.integrations.generation import KNOWN, GenerationEngine
 from torch_rtx.integrations.sampling import Sampler, Timestamps
+from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 __all__ = ["GenerationEngine", "export_generate"]
@@ -49,6 +50,7 @@ NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@uncollected()
 def export_generate(
     model: Any,
     *,
@@ -255,8 +257,7 @@ def _caches(
     """Let the model fill a cache.
 
     Args:
-        narrow: see `_own_keys`. A model that asks the cache for its length does not take that, nor does PyTorch 2.11
-            where heads share keys.
+        narrow: see `_own_keys`. A model that asks the cache for its length does not take that.
         source: see `export_generate`.
     """
     from torch_rtx.backend.capture import with_fakes
