@@ -78,7 +78,7 @@ def pytest_collection_finish() -> None:
     short-lived ones: by default the collector runs at each 700th, which takes a tenth of the time of a capture."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20)
+    gc.set_threshold(1_000_000, 20)
     gc.enable()
     unread.install()
 
