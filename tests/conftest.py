@@ -27,7 +27,7 @@ import pytest
 import torch
 
 import torch_rtx
-from tests import windows_rules
+from tests import unread, windows_rules
 
 if sys.platform == "linux":
     windows_rules.install()
@@ -36,6 +36,7 @@ torch.set_num_threads(1)
 # their records to nobody.
 logging.getLogger("torch.__trace").handlers.clear()
 logging.getLogger("torch.__trace").propagate = True
+gc.disable()  # until all tests are imported, see `pytest_collection_finish`
 NUMBERS = itertools.count()
 FILES = itertools.count()
 
@@ -77,12 +78,9 @@ def pytest_collection_finish() -> None:
     short-lived ones: by default the collector runs at each 700th, which takes a tenth of the time of a capture."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20)
-    # AOTAutograd makes tensors for the state of random numbers in each capture, a seventh of the time of a small one,
-    # for a mode of functional random numbers that nobody turns on here.
-    from torch._decomp.decompositions_for_rng import PhiloxStateTracker
-
-    PhiloxStateTracker.reset = classmethod(lambda cls: None)
+    gc.set_threshold(1_000_000, 20)
+    gc.enable()
+    unread.install()
 
 
 @pytest.hookimpl(wrapper=True)

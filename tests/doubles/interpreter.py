@@ -181,7 +181,9 @@ def _interpreting() -> Iterator[None]:
         )
     ]
     dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
-    scope = interpreter._patch_lang(types.FunctionType((lambda: 0).__code__, {"tl": tl, "core": tl.core}))
+    language = interpreter_types.language()
+    for owner, name, _, new in language:
+        setattr(owner, name, new)
     functions: dict[int, Callable[..., Any]] = {}
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +203,9 @@ def _interpreting() -> Iterator[None]:
             bits = source.data.astype(np.float32).view(np.uint32)
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
             rounded = np.where(np.isnan(source.data), bits | np.uint32(0x400000), rounded)
-            source = interpreter.TensorHandle(rounded.view(np.float32), source.dtype)
+            return interpreter.TensorHandle((rounded >> 16).astype(np.uint16), tl.bfloat16)
+        if source.dtype.scalar == tl.bfloat16 and type_.scalar == tl.float32:
+            return _widened(source)
         return cast(self, source, type_)
 
     def create_fp_to_fp(self: Any, source: Any, type_: Any, rounding: Any) -> Any:
@@ -253,7 +257,7 @@ def _interpreting() -> Iterator[None]:
     finally:
         for owner, name, before in replaced:
             setattr(owner, name, before)
-        scope.restore()
+        interpreter_types.put_back(language)
 
 
 def _library(function: Callable[..., np.ndarray], first: Any, *others: Any) -> Any:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -60,6 +61,15 @@ def background() -> Iterator[Background]:
     made.stop()
 
 
+@cache  # a capture takes as long as what most tests are about
+def compiled(make: Callable[[], nn.Module], dynamic: bool, shape: torch.Size) -> torch_rtx.CompiledModule:
+    """The engine of a model, as GPUs have it, without kernels."""
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
+    compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
+        return torch_rtx.compile(make().eval(), (torch.randn(shape),), dynamic_shapes=shapes, settings=compilation)
+
+
 def session(
     device: Device,
     background: Background,
@@ -70,13 +80,10 @@ def session(
     x: torch.Tensor = X,
 ) -> tuple[Session, nn.Module]:
     """A session on the emulated device, of a graph as GPUs have it."""
-    model = make().eval()
-    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
-    compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
-        module = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, settings=compilation)
-    graph, context = module.engine.graph, device.context(background, store)
-    of = module.session
+    model, once = make().eval(), compiled(make, dynamic, x.shape)
+    graph, context, of = once.engine.graph, device.context(background, store), once.session
+    module = torch_rtx.CompiledModule(once.engine, once.device, None, of._callables, of._trusted_ops)
+    module.attach(model)
     return Session(graph, module._store, settings, of._callables, of._trusted_ops, context=context), model
 
 

@@ -391,6 +391,7 @@ def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     return cubin, int(registers[1]), int(frame[2]), int(frame[1])
 
 
+@lru_cache(maxsize=16)  # targets of a generation share a cubin, each of which leaves a file
 def disassemble(cubin: bytes) -> str | None:
     """The SASS of a cubin, from the nvdisasm that Triton ships; None if it ships none, which is logged once."""
     tool = _disassembler()
