@@ -11,7 +11,7 @@ Run = Callable[[], object]
 RUNS = 32  # in a row, or as many as take ROUND_US, but LEAST: of long ones, fewer are as exact
 ROUND_US, LEAST = 2e3, 3  # about the time slice of a process that has the GPU beside others
 # A GPU is shared: rounds go on until the two fastest agree, so that nothing ran between their runs.
-ROUNDS, MOST_ROUNDS, AGREE = 3, 16, 1.02
+ROUNDS, MOST_ROUNDS, AGREE = 3, 8, 1.02
 CYCLES_PER_S = 2e9  # of a device, roughly
 MAX_DELAY_S = 0.05  # by which a stream is held back
 
