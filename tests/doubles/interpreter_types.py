@@ -18,7 +18,7 @@ _blocks: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # by element and shape: at
 _tensors: dict[str, tuple[Any, Any]] = {}  # by the type's name: shape and number of elements, as a tensor has them
 _dtypes: dict[str, Any] = {}
 _broadcast, _scalar = TritonSemantic.broadcast_impl_value, TritonSemantic.scalar_constant
-_scalars: dict[tuple[Any, ...], Any] = {}  # by the number's type, the number, and the dtype
+_scalars: dict[tuple[Any, ...], Any] = {}  # by the number's type, its text, and the dtype
 _MISSING = object()
 _language: list[tuple[Any, str, Any, Any]] = []  # owner and name of what the interpreter replaces, before and after
 
@@ -59,7 +59,7 @@ def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
 
 def scalar_constant(self: Any, value: Any, dtype: Any) -> Any:
     """`TritonSemantic.scalar_constant`."""
-    key = type(value), value, dtype.name
+    key = type(value), repr(value), dtype.name  # -0.0 is not 0.0
     if key not in _scalars:
         _scalars[key] = _scalar(self, value, dtype)
     return _scalars[key]
