@@ -43,7 +43,17 @@ def module(entry: Entry, few: bool) -> nn.Module:
         "diffusers": _diffusers,
         "own": _own,
     }
-    return built[entry.library](entry.kind, config).eval()
+    return _without_zeros(built[entry.library](entry.kind, config)).eval()
+
+
+def _without_zeros(model: nn.Module) -> nn.Module:
+    """Parameters that begin as zeros are small numbers: some models return zeros until they are trained, and a bias of
+    zeros would be missed by nobody."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.is_meta and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
 
 
 def inputs(entry: Entry, batch: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cases, forked, models, plots, report, results, runner, sweep, worker
+from benchmarks import cases, forked, models, plots, report, results, runner, sweep, sweep_models, worker
 from benchmarks.cases import Job, Workload
 from benchmarks.runner import Plan, Progress, Runner, Seat, Stopped
 from benchmarks.suites import SUITES, counts
@@ -67,6 +67,12 @@ def test_a_model_of_few_layers_is_as_wide() -> None:
     few, all_ = (models.without_weights("transformers.albert", size) for size in ("small", "full"))
     assert few.config.num_hidden_layers == 2 < all_.config.num_hidden_layers
     assert few.config.hidden_size == all_.config.hidden_size
+
+
+def test_no_parameter_is_zero() -> None:
+    """A result of zeros would be right whatever is computed."""
+    model = sweep_models.module(ENTRIES["transformers.albert"], few=True)
+    assert all(bool(parameter.any()) for parameter in model.parameters())
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
