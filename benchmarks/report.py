@@ -34,7 +34,7 @@ both sides take turns in one process, on {devices}. A workload is a model, its b
 ## Models from outside
 
 Models of timm, torchvision, transformers and diffusers, and a few that are written here. `benchmarks/sweep_table.py`
-listed all {listed} before any of them ran. So far {ran} ran beside another compiler, and each of these is in the table.
+lists {listed}, each before it ran. So far {ran} ran beside another compiler, and each of these is in the table.
 
 {means}
 ![Times faster, by model from outside](performance-outside.svg)

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 from benchmarks import cases, forked, models, plots, report, results, runner, sweep, sweep_models, worker
 from benchmarks.cases import Job, Workload
 from benchmarks.runner import Plan, Progress, Runner, Seat, Stopped
-from benchmarks.suites import SUITES, counts
+from benchmarks.suites import SUITES, common, counts
 from benchmarks.sweep_table import ENTRIES, SWEEP
 from benchmarks.turns import Turns
 from torch_rtx.irparse import parse
@@ -73,6 +73,15 @@ def test_no_parameter_is_zero() -> None:
     """A result of zeros would be right whatever is computed."""
     model = sweep_models.module(ENTRIES["transformers.albert"], few=True)
     assert all(bool(parameter.any()) for parameter in model.parameters())
+
+
+def test_a_result_of_zeros_checks_nothing(tmp_path: Path) -> None:
+    setup = common.Setup(Job("sweep", NERF, ("eager",), "cpu", rounds=2), tmp_path)
+    with torch.no_grad():
+        for parameter in setup.subject.model.parameters():
+            parameter.zero_()
+    with pytest.raises(common.WrongResult, match="eager's own result is zero, so that nothing would be checked"):
+        setup.check(setup.subject.model)
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
