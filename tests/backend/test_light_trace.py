@@ -12,23 +12,25 @@ from torch._export.passes import replace_set_grad_with_hop_pass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import proxy
 
+import torch_rtx
 from torch_rtx.backend import capture
 from torch_rtx.backend.light_trace import light_trace
 
 
 class Switches(nn.Module):
-    """Gradients are switched, with and without an effect, in a layer that is called twice."""
+    """Gradients are switched in a layer that is called twice, with an effect if they are ever `enabled`."""
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool) -> None:
         super().__init__()
+        self.enabled = enabled
         self.layer = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             y = self.layer(x)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.enabled):
             z = self.layer(y) * x.shape[0]
-            with torch.enable_grad():
+            with torch.set_grad_enabled(self.enabled):
                 z = z + 1
             with torch.no_grad():
                 z = z * 2
@@ -36,11 +38,11 @@ class Switches(nn.Module):
         return y, z
 
 
-def described(monkeypatch: pytest.MonkeyPatch, context: Any) -> list[Any]:
+def described(monkeypatch: pytest.MonkeyPatch, context: Any, enabled: bool = False) -> list[Any]:
     """The program and, of each node, the lines of the model that made it."""
     monkeypatch.setattr(capture, "light_trace", context)
     shapes = ({0: torch.export.Dim("n", min=2, max=9)},)
-    exported = capture.capture_export(Switches().eval(), (torch.ones(3, 4),), dynamic_shapes=shapes)
+    exported = capture.capture_export(Switches(enabled).eval(), (torch.ones(3, 4),), dynamic_shapes=shapes)
     texts = [str(exported.graph), str(exported.graph_signature), str(exported.range_constraints)]
     for node in exported.graph.nodes:
         texts += [str(node.meta.get(key)) for key in ("nn_module_stack", "val", "torch_fn", "stack_trace")]
@@ -51,9 +53,11 @@ def test_programs_and_places_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatc
     expected = described(monkeypatch, nullcontext)
     assert "test_light_trace.py" in "".join(expected)
     assert described(monkeypatch, light_trace) == expected
+    # Linear layers and norms stay whole where gradients are enabled: no inference differentiates them.
+    assert described(monkeypatch, light_trace, enabled=True)[0] == expected[0]
 
 
-def test_switches_without_an_effect_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     divided: list[Any] = []
 
     def split(*given: Any) -> Any:
@@ -68,10 +72,29 @@ def test_switches_without_an_effect_are_left_out(monkeypatch: pytest.MonkeyPatch
             with torch.no_grad():
                 return x + 1
 
-    capture.capture_export(Disabled(), (torch.ones(2),))
+    for model, x in ((Disabled(), torch.ones(2)), (Switches(True).eval(), torch.ones(3, 4))):
+        capture.capture_export(model, (x,))
     assert not divided
-    capture.capture_export(Switches().eval(), (torch.ones(3, 4),))
-    assert divided
+
+
+def test_models_that_begin_with_gradients() -> None:
+    class Enabled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            y[0] += 1
+            with torch.inference_mode():
+                return self.layer(y.clone()) * (2 if torch.is_grad_enabled() else 3)
+
+    model, x = Enabled(), torch.randn(2, 4)
+    with torch.no_grad():
+        compiled = torch_rtx.compile(model, (x,))
+        torch.testing.assert_close(compiled(x), model(x))
+        assert not torch.is_grad_enabled()
 
 
 def test_types_of_layers_are_inferred_once() -> None:

@@ -329,7 +329,7 @@ def _export(
     dynamic_shapes: Any,
     known: Mapping[torch.Tensor, torch.Tensor],
 ) -> Any:
-    # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
+    # Gradients are disabled as in the decomposition, which keeps no operator that something differentiates.
     # PyTorch infers the type of a kept operator once for all calls alike, and that of a composite by its parts.
     with (
         torch.no_grad(),

@@ -1,8 +1,10 @@
-"""`torch.export` without work that changes nothing.
+"""`torch.export` without work that an inference has no use for.
 
 For each call of a model PyTorch describes the stack, a hundred frames that are those of the call before but for a few.
-And where a model disables gradients, as `@torch.no_grad()` does, PyTorch divides the program and joins it again, also
-if they are disabled anyway.
+And where a model switches gradients, as `@torch.no_grad()` does, PyTorch divides the program and joins it again, also
+where nothing changes; with gradients disabled it refuses a model that begins with gradients enabled, since the part
+before them is empty. A program for inference needs no switches: nothing differentiates it, and what a model
+differentiates itself is traced in the mode that it asks for.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from torch.fx.experimental import proxy_tensor
 
 @contextmanager
 def light_trace() -> Iterator[None]:
-    """Inside, a trace records the same stacks and the same program in less time. What a PyTorch does not have is not
-    replaced. It is a change for all threads: hold Dynamo's lock around it."""
+    """Inside, a trace records the same stacks and calls in less time, and no switches of gradients. What a PyTorch does
+    not have is not replaced. It is a change for all threads: hold Dynamo's lock around it."""
     mode: Any = getattr(proxy_tensor, "PreDispatchTorchFunctionMode", None)
     places = [(proxy, "CapturedTraceback", _stacks())] if hasattr(proxy, "CapturedTraceback") else []
     if mode is not None:
-        places.append((mode, "__torch_function__", _changes_alone(mode.__torch_function__)))
+        places.append((mode, "__torch_function__", _without_switches(mode.__torch_function__)))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     try:
         for owner, name, value in places:
@@ -63,13 +65,12 @@ def _stacks() -> type:
     return Stack
 
 
-def _changes_alone(record: Any) -> Any:
-    """`record`, a `__torch_function__` that puts switches of gradients into the program, for those that change
-    something."""
+def _without_switches(record: Any) -> Any:
+    """`record`, a `__torch_function__` that puts switches of gradients into the program, without those."""
 
-    def changing(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args == (torch.is_grad_enabled(),):
-            return None
+    def switching(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return func(*args, **(kwargs or {}))
         return record(self, func, types, args, kwargs)
 
-    return changing
+    return switching
