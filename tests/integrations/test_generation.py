@@ -23,7 +23,13 @@ from tests.paths import ROOT  # noqa: E402
 from torch_rtx.errors import CaptureError, EngineFormatError, InputError, SettingsError  # noqa: E402
 from torch_rtx.integrations.generation import GenerationEngine  # noqa: E402
 from torch_rtx.integrations.sampling import Sampler  # noqa: E402
-from torch_rtx.integrations.transformers import Decode, Prefill, _caches, export_generate  # noqa: E402
+from torch_rtx.integrations.transformers import (  # noqa: E402
+    Decode,
+    Prefill,
+    _caches,
+    _check_static_cache,
+    export_generate,
+)
 
 VOCABULARY, PLACES, END, PAD = 37, 16, 1, 0
 SIZES: dict[str, Any] = {
@@ -57,7 +63,7 @@ PADDED = torch.tensor([[PAD, PAD, 5, 8, 6], [13, 4, 11, 28, 5]])
 def tiny(kind: str = "Llama", seed: int = 0, **changes: Any) -> Any:
     name, config = CLASSES.get(kind, (f"{kind}ForCausalLM", f"{kind}Config"))
     torch.manual_seed(seed)
-    sizes = {**SIZES, **KINDS[kind], **changes}
+    sizes = {**SIZES, **KINDS.get(kind, {}), **changes}
     return getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
 
 
@@ -275,6 +281,24 @@ def test_what_can_not_be_exported(
 ) -> None:
     with pytest.raises(kind, match=message):
         export_generate(build(), **{"max_cache_len": PLACES, **options})
+
+
+def test_a_model_that_a_static_cache_misleads_is_refused() -> None:
+    """GPT-Neo's mask for a step is that of the last place of the cache, whichever the token has."""
+    attention = [[["global", "local"], 1]]
+    model = tiny("GPTNeo", num_layers=2, num_heads=4, attention_types=attention, window_size=4)
+    with pytest.raises(SettingsError, match="a GPTNeoForCausalLM computes other scores with a static cache: an"):
+        export_generate(model, max_cache_len=PLACES)
+
+
+def test_a_model_that_may_take_a_static_cache_is_compared(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "torch_rtx")
+    model = tiny("Roberta", max_position_embeddings=40, is_decoder=True)
+    assert not model._can_compile_fullgraph
+    _check_static_cache(model, PLACES)
+    assert not caplog.messages
+    _check_static_cache(model.to("meta"), PLACES)
+    assert caplog.messages == ["whether a RobertaForCausalLM takes a static cache is not known without its weights"]
 
 
 @pytest.mark.gpu

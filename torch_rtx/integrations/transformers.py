@@ -40,6 +40,7 @@ PROBE = 3, 8  # batch and length of the call that shows which tensors a cache ha
 TYPICAL = 256  # tokens of a text that kernels for any length are chosen for
 TYPICAL_START = 4  # the same for what a decoder begins with, such as a language and a task
 # Options of a generation configuration that change the text, that no engine follows, and the values that mean nothing.
+CHECKED = 8  # tokens with which a model is compared with itself
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (None, 1)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "penalty_alpha"), (None, 0)),
@@ -78,9 +79,9 @@ def export_generate(
 
     Raises:
         IntegrationError: transformers is missing, or a release that has no static cache.
-        SettingsError: the model does not generate text, has fewer positions than `max_cache_len`, or its generation
-            configuration asks for what no engine does, such as beams; `source` is missing, or there is no encoder; a
-            size is no positive number; and as in `compile`.
+        SettingsError: the model does not generate text, has fewer positions than `max_cache_len`, or writes another
+            text with a static cache; its generation configuration asks for what no engine does, such as beams;
+            `source` is missing, or there is no encoder; a size is no positive number; and as in `compile`.
         CaptureError: the model can't be captured as one graph; and the others of `compile`.
     """
     from torch_rtx.backend.build import chosen_settings, compile  # where engines are only run, nobody compiles
@@ -88,6 +89,7 @@ def export_generate(
     settings, runtime = chosen_settings(settings, runtime, options)
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len, source)
+    _check_static_cache(model, max_cache_len)
     device = settings.device or model.device.type
     if isinstance(source, Tensor) and source.is_floating_point():
         source = source.to(model.dtype)  # feature extractors know nothing of it
@@ -205,6 +207,36 @@ def _checked(
         hint = "an engine would write another text; set these to None in model.generation_config if that is meant"
         raise SettingsError(f"no engine does what the generation configuration asks for: {', '.join(odd)}", hint=hint)
     return sizes
+
+
+def _check_static_cache(model: Any, max_cache_len: int) -> None:
+    """Compare the scores of a decoder with a static cache and with one that grows, if transformers does not say that
+    the model takes a static one: GPT-Neo looks at other tokens then, without an error."""
+    if getattr(model, "_can_compile_fullgraph", True) or model.config.is_encoder_decoder or max_cache_len < 2:
+        return
+    name, weight = type(model).__name__, next(model.parameters(), None)
+    if weight is None or weight.is_meta:
+        log.warning("whether a %s takes a static cache is not known without its weights", name)
+        return
+    from transformers import DynamicCache, StaticCache
+
+    config, count = model.config.get_text_config(decoder=True), min(CHECKED, max_cache_len)
+    ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    places, mask = torch.arange(count, device=weight.device)[None], torch.ones_like(ids)
+    static, last = StaticCache(config, max_cache_len=max_cache_len), count - 1
+    try:
+        with torch.no_grad():
+            expected = _scores(model, DynamicCache(config=config), ids, mask, places, True)
+            mask = torch.nn.functional.pad(mask, (0, max_cache_len - count))
+            _scores(model, static, ids[:, :last], mask * (mask.cumsum(1) <= last), places[:, :last], True)
+            found = _scores(model, static, ids[:, last:], mask, places[:, last:], False)
+    except Exception as error:  # the capture says what the model does not take
+        log.info("a %s is not compared with itself: %s", name, error)
+        return
+    apart = float((found - expected).norm() / expected.norm())
+    if not apart <= min(max(16 * torch.finfo(model.dtype).eps, 1e-3), 0.1):
+        hint = "use the model's own generate, without a static cache"
+        raise SettingsError(f"a {name} computes other scores with a static cache: an error of {apart:.1e}", hint=hint)
 
 
 def _check_source(model: Any, source: int | Tensor | None) -> None:
