@@ -102,19 +102,20 @@ class Calls:
     """The calls of a part, piece by piece; `wide`: in float64."""
 
     def __init__(self, part: Part, device: torch.device, wide: bool) -> None:
-        self._wide = wide
         graph, constants = inline_kernels(part.graph, {}), part.constants
-        self._names = [value.name for value in graph.inputs]
-        self._tables = tables(graph)
         if wide:
             graph, constants = in_float64(graph), in_float64(constants)
+        self._dtypes: dict[str, torch.dtype] = {}
+        for value in graph.inputs:
+            assert isinstance(value.type, TensorType)
+            self._dtypes[value.name] = aten.DTYPES[value.type.dtype]
         self._code: Code = compile_graph(graph, device)
         made = compile_graph(constants, device)((), ()) if constants.nodes else ()
         self._constants = {value.name: one for value, one in zip(attr_values(constants.outputs), made, strict=True)}
         self._views, self._see = part.views, compile_graph(part.views, device)
         self._seen: dict[str, torch.Tensor] = {}
         inner = {name for name, _ in part.levels[-1].sizes} if part.levels else set[str]()
-        self._stays = {name for name in self._names if part.levels and name not in inner}
+        self._stays = {name for name in self._dtypes if part.levels and name not in inner}
         self._kept: dict[str, tuple[Place, torch.Tensor]] = {}
         self._written = graph.written
 
@@ -123,15 +124,15 @@ class Calls:
         if not self._seen and self._views.nodes:
             seen = self._see([inputs[value.name] for value in self._views.inputs], ())
             self._seen = {value.name: one for value, one in zip(_results(self._views), seen, strict=True)}
-        return self._code(Owned(self._input(inputs, name, places[name]) for name in self._names), ())
+        return self._code(Owned(self._input(inputs, name, places[name]) for name in self._dtypes), ())
 
     def _input(self, inputs: Mapping[str, torch.Tensor], name: str, place: Place) -> torch.Tensor:
         if name in self._kept and self._kept[name][0] == place:
             return self._kept[name][1]
         self._kept.pop(name, None)
         found = next(tensors[name] for tensors in (self._constants, self._seen, inputs) if name in tensors)[place]
-        if self._wide and name not in self._tables and aten.dtype_name(found.dtype) in NARROW_FLOATS:
-            found = found.double()
+        if found.dtype != self._dtypes[name]:  # float64, see `in_float64`
+            found = found.to(self._dtypes[name])
         elif name in self._written:
             found = copy_of(found)
         if name in self._stays:
